@@ -1,0 +1,32 @@
+# Every target makes its own environment in .venv from nothing but python3, once per change of the pins.
+# pip takes the torch that its configuration offers; on Linux without a GPU
+#     PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test
+# keeps the CUDA packages away.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+# -qq: quiet about the package folders that hold only some of the packages, not about errors.
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint bench
+
+demo: $(READY)
+	@$(BIN)/lightning-lowbit fit --config examples/configs/digits_tqt.yaml
+
+test: $(READY)
+	@$(BIN)/python -m pytest -n auto
+
+lint: $(READY)
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+bench: $(READY)
+	@$(BIN)/python benchmarks/qat_step.py
+
+# torch goes first and alone: nothing that depends on it may choose another build of it.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -m venv .venv
+	@$(PIP) torch
+	@$(PIP) -e '.[dev]'
+	@touch $@

@@ -1,0 +1,69 @@
+"""Low-bit networks for PyTorch Lightning: train or fine-tune any LightningModule on a fixed-point grid.
+
+The names of ``__all__`` are loaded when they are first used: importing this package imports neither torch nor
+Lightning, so that what needs neither stays light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_lowbit.callbacks.calibrate import Calibrate
+    from lightning_lowbit.callbacks.fold import FoldBatchNorm
+    from lightning_lowbit.callbacks.freeze import Freeze
+    from lightning_lowbit.callbacks.quant import QuantCallback
+    from lightning_lowbit.modules.base import Scheme, float_mode
+    from lightning_lowbit.plugins.checkpoint import float_state_dict, load_from_checkpoint
+    from lightning_lowbit.plugins.precision import LowBitPrecision, lowbit_step
+    from lightning_lowbit.reports.summary import summarize
+    from lightning_lowbit.schemes import convert
+    from lightning_lowbit.schemes.tqt import Tqt
+
+__all__ = [
+    "Calibrate",
+    "FoldBatchNorm",
+    "Freeze",
+    "LowBitPrecision",
+    "QuantCallback",
+    "Scheme",
+    "Tqt",
+    "convert",
+    "float_mode",
+    "float_state_dict",
+    "load_from_checkpoint",
+    "lowbit_step",
+    "summarize",
+]
+
+# name -> the module that defines it
+_HOME = {
+    "Calibrate": "callbacks.calibrate",
+    "FoldBatchNorm": "callbacks.fold",
+    "Freeze": "callbacks.freeze",
+    "LowBitPrecision": "plugins.precision",
+    "QuantCallback": "callbacks.quant",
+    "Scheme": "modules.base",
+    "Tqt": "schemes.tqt",
+    "convert": "schemes",
+    "float_mode": "modules.base",
+    "float_state_dict": "plugins.checkpoint",
+    "load_from_checkpoint": "plugins.checkpoint",
+    "lowbit_step": "plugins.precision",
+    "summarize": "reports.summary",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import ``name`` from the module that defines it (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value  # so that the next use does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names, loaded or not, beside what is here already."""
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,65 @@
+"""Batch-norm folding as pure functions (TQT section 5): a view of conv and norm, never a change of their parameters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["batch_statistics", "fold_batch_norm", "per_output"]
+
+
+def per_output(values: Tensor, weight: Tensor, out_axis: int = 0, groups: int = 1) -> Tensor:
+    """Shape per-output-channel ``values`` [C] so that they multiply ``weight`` channel by channel.
+
+    A transposed convolution keeps its outputs on axis 1, and with groups only C / groups of them there, the
+    group being the outer part of axis 0: the result is then as large as axis 0 demands.
+    """
+    if out_axis == 0:
+        return values.reshape(-1, *([1] * (weight.dim() - 1)))
+    rest = [1] * (weight.dim() - 2)
+    if groups == 1:
+        return values.reshape(1, -1, *rest)
+    per_group = values.reshape(groups, 1, -1).expand(groups, weight.shape[0] // groups, -1)
+    return per_group.reshape(weight.shape[0], -1, *rest)
+
+
+def fold_batch_norm(
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    out_axis: int = 0,
+    groups: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Merge a batch norm into the layer before it (TQT section 5).
+
+    w' = w * gamma / sqrt(var + eps),  b' = beta + (b - mean) * gamma / sqrt(var + eps)
+
+    Args:
+        weight: [C, ...], or [in, C / groups, ...] with ``out_axis=1`` (transposed convolution).
+        bias: [C] or None.
+        gamma, beta: affine parameters [C]; None stands for 1 and 0.
+        mean, var: statistics of the layer's output [C]; ``var`` is the biased variance in the batch phase.
+    Returns:
+        folded weight and bias; gradients flow into every argument that requires them.
+    """
+    factor = (1.0 if gamma is None else gamma) / torch.sqrt(var + eps)
+    shift = -mean if bias is None else bias - mean
+    folded_bias = shift * factor
+    if beta is not None:
+        folded_bias = beta + folded_bias
+    return weight * per_output(factor, weight, out_axis, groups), folded_bias
+
+
+def batch_statistics(y: Tensor, channel_axis: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased and unbiased variance of ``y`` over all axes but the channel's.
+
+    The biased variance normalizes, the unbiased one (n / (n - 1)) enters the running average, as in torch.
+    """
+    axes = [axis for axis in range(y.dim()) if axis != channel_axis % y.dim()]
+    var, mean = torch.var_mean(y, dim=axes, correction=0)
+    count = y.numel() // y.shape[channel_axis]
+    return mean, var, var.detach() * (count / max(count - 1, 1))

@@ -1,0 +1,202 @@
+"""The data flow through a whole network: the containers' own graphs, inlined call by call."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx
+from torch import nn
+
+from lightning_lowbit.graph.ops import Kind, classify, is_leaf
+from lightning_lowbit.graph.trace import (
+    CallKey,
+    Untraceable,
+    call_keys,
+    constants,
+    has_forward,
+    location,
+    trace_container,
+)
+
+__all__ = ["Call", "Flow", "follow"]
+
+_FIRST_INPUT_ONLY = (Kind.COMPUTE, Kind.BATCH_NORM, Kind.RELU, Kind.ACTIVATION, Kind.AVG_POOL, Kind.KEEP)
+
+
+@dataclass(eq=False)
+class Call:
+    """One operation as it ran: where, on which tensors, and who reads the result."""
+
+    kind: Kind
+    target: Any  # module instance, function, or method name
+    owner: str  # path of the container whose code made the call
+    key: CallKey  # the call inside its owner
+    where: str
+    path: str | None = None  # of the module, for a module call
+    inputs: list[Call] = field(default_factory=list)
+    readers: list[Call] = field(default_factory=list)
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        if self.path is not None:
+            return self.path
+        return f"{self.owner}.{self.key[0]}" if self.owner else self.key[0]
+
+
+@dataclass
+class Flow:
+    """All calls of a network in the order in which they ran, its entries and exits, and what could not be seen."""
+
+    calls: list[Call] = field(default_factory=list)
+    entries: list[Call] = field(default_factory=list)
+    exits: list[Call] = field(default_factory=list)
+    untraced: list[Untraceable] = field(default_factory=list)
+    containers: list[str] = field(default_factory=list)  # traced, in the order of their first call
+    seen: set[str] = field(default_factory=set)  # paths of every module that a traced forward reached
+
+
+def follow(root: nn.Module) -> Flow:
+    """Trace ``root`` in evaluation mode. Parts that no traced forward reaches are entered on their own."""
+    flow = Flow()
+    walker = _Walker(root, flow)
+    if has_forward(root):
+        walker.enter(root, "")
+    # A LightningModule without forward, the second network of a GAN, what stands behind an untraceable forward.
+    for path, module in root.named_modules():
+        if path and path not in flow.seen and (has_forward(module) or is_leaf(module)):
+            walker.enter(module, path)
+    return flow
+
+
+class _Walker:
+    def __init__(self, root: nn.Module, flow: Flow) -> None:
+        self.root, self.flow = root, flow
+        self.graphs: dict[tuple[str, str], torch.fx.Graph | Untraceable] = {}
+        self.paths = {id(module): path for path, module in root.named_modules()}
+
+    def enter(self, module: nn.Module, path: str) -> None:
+        """Start at a module whose inputs come from outside."""
+        if is_leaf(module):
+            entry = self._entry(path)
+            result: Any = self._call(module, None, path, ("", 0), "", [entry], (), {})
+        else:
+            graph = self._graph(module, path, constants(module, *_defaults_only(module)))
+            if isinstance(graph, Untraceable):
+                return
+            arguments = {node: self._entry(path) for node in graph.nodes if node.op == "placeholder"}
+            result = self._inline(graph, module, path, arguments)
+        self.flow.exits.extend(_calls(result))
+
+    def _entry(self, path: str) -> Call:
+        entry = Call(Kind.FLOAT, "input", path, ("input", len(self.flow.entries)), "")
+        self.flow.entries.append(entry)
+        return entry
+
+    def _graph(self, module: nn.Module, path: str, fixed: dict[str, Any]) -> torch.fx.Graph | Untraceable:
+        self.flow.seen.add(path)
+        variant = (path, repr(sorted(fixed.items())))
+        if variant not in self.graphs:
+            graph = trace_container(module, path, training=False, fixed=fixed)
+            other = trace_container(module, path, training=True, fixed=fixed)
+            if isinstance(graph, torch.fx.Graph) and (isinstance(other, Untraceable) or _differ(graph, other)):
+                where = other.where if isinstance(other, Untraceable) else type(module).__qualname__
+                graph = Untraceable(path, where, "its forward makes other calls in training than in evaluation")
+            self.graphs[variant] = graph
+            if isinstance(graph, Untraceable):
+                self.flow.untraced.append(graph)
+            elif path not in self.flow.containers:
+                self.flow.containers.append(path)
+        return self.graphs[variant]
+
+    def _inline(self, graph: torch.fx.Graph, module: nn.Module, path: str, arguments: dict[torch.fx.Node, Any]) -> Any:
+        values: dict[torch.fx.Node, Any] = dict(arguments)
+        keys = call_keys(graph)
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                values.setdefault(node, None)
+                continue
+            args = torch.fx.node.map_arg(node.args, values.get)
+            kwargs = torch.fx.node.map_arg(node.kwargs, values.get)
+            if node.op == "output":
+                return args[0]
+            if node.op == "get_attr":
+                values[node] = None
+            elif node.op == "call_module":
+                child = module.get_submodule(str(node.target))
+                values[node] = self._module(child, node, path, keys[node], args, kwargs)
+            elif node.op == "call_function" and _is_pick(node.target, args):
+                values[node] = args[0][args[1]]
+            else:
+                values[node] = self._call(node.target, node, path, keys[node], None, _calls((args, kwargs)), node.args, node.kwargs)
+        return None
+
+    def _module(self, child: nn.Module, node: torch.fx.Node, owner: str, key: CallKey, args: Any, kwargs: Any) -> Any:
+        path = self.paths[id(child)]
+        if is_leaf(child):
+            return self._call(child, node, owner, key, path, _calls((args, kwargs)), node.args, node.kwargs)
+        graph = self._graph(child, path, constants(child, tuple(args), dict(kwargs)))
+        if isinstance(graph, Untraceable):  # opaque: its tensors are float to everyone outside
+            return self._call("untraced", node, owner, key, path, _calls((args, kwargs)), (), {})
+        placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+        bound: dict[torch.fx.Node, Any] = dict(zip(placeholders, args, strict=False))
+        bound.update({n: kwargs[n.target] for n in placeholders if n.target in kwargs})
+        return self._inline(graph, child, path, bound)
+
+    def _call(
+        self, target: Any, node: torch.fx.Node | None, owner: str, key: CallKey, path: str | None,
+        inputs: list[Call], args: Any, kwargs: Any,
+    ) -> Call | None:  # fmt: skip
+        if isinstance(target, nn.Module):
+            path = self.paths[id(target)]
+            self.flow.seen.update(path if not name else f"{path}.{name}" for name, _ in target.named_modules())
+        kind = classify(target, args, kwargs) if target != "untraced" else Kind.FLOAT
+        if kind in _FIRST_INPUT_ONLY:
+            inputs = inputs[:1]
+        if kind is Kind.META or (kind is Kind.KEEP and not inputs):  # a size, or an item of one
+            return None
+        if kind is Kind.ADD and (len(inputs) < 2 or "alpha" in kwargs):
+            kind = Kind.FLOAT  # tensor + number, a + alpha * b: on no grid that we know
+        call = Call(kind, target, owner, key, location(node) if node else "", path, inputs, [], args, dict(kwargs))
+        for source in inputs:
+            source.readers.append(call)
+        self.flow.calls.append(call)
+        return call
+
+
+def _differ(evaluation: torch.fx.Graph, training: torch.fx.Graph) -> bool:
+    return list(call_keys(evaluation).values()) != list(call_keys(training).values())
+
+
+def _defaults_only(module: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a call that gives tensors for what must be given and nothing else."""
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    required = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return tuple(torch.empty(0) for _ in required), {}
+
+
+def _is_pick(target: Any, args: Any) -> bool:
+    """``outputs[1]`` of a container that returned a tuple or a dict."""
+    return getattr(target, "__name__", "") == "getitem" and isinstance(args[0], (tuple, list, dict)) and not isinstance(
+        args[1], (Call, slice)
+    )  # fmt: skip
+
+
+def _calls(structure: Any) -> list[Call]:
+    return list(_iterate(structure))
+
+
+def _iterate(structure: Any) -> Iterator[Call]:
+    if isinstance(structure, Call):
+        yield structure
+    elif isinstance(structure, (tuple, list)):
+        for item in structure:
+            yield from _iterate(item)
+    elif isinstance(structure, dict):
+        for item in structure.values():
+            yield from _iterate(item)

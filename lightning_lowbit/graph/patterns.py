@@ -1,0 +1,365 @@
+"""From data flow to a plan: which layers merge, which tensors are quantized where, and which share a grid.
+
+The placement rule: a tensor that forks, or feeds an add, a concat or a pool, is quantized once, where it is
+produced; a tensor that only feeds convolutions and linears likewise. What comes from outside or from float code is
+quantized where it enters.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from lightning_lowbit.graph.network import Call, Flow
+from lightning_lowbit.graph.ops import COMPUTE, Kind
+from lightning_lowbit.graph.trace import CallKey
+
+__all__ = ["LayerPlan", "OpPlan", "Plan", "Site", "make_plan"]
+
+PRODUCERS = (Kind.COMPUTE, Kind.BATCH_NORM, Kind.RELU, Kind.ACTIVATION, Kind.ADD, Kind.AVG_POOL)
+REWRITTEN = (Kind.RELU, Kind.ACTIVATION, Kind.ADD, Kind.CAT, Kind.AVG_POOL)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One tensor that a scheme may quantize: the question put to ``Scheme.quantizer``.
+
+    Attributes:
+        path: module that owns the quantizer; its parameters live under ``{path}.{slot}``.
+        role: input, weight, bias, accumulator, output, operand, error or weight_grad.
+        op: conv2d, linear, relu, add, cat, avg_pool, ...
+        pattern: what was merged, e.g. ``conv2d+bn+relu``.
+        signed: False behind a rectifier, True where negative values are sure, None = the data decide.
+        first, last: the layer reads the network's input / no further layer reads its output.
+        depthwise: one input channel per group.
+        source: role of the quantizer that the tensor has passed already, None when it comes in as float.
+        slot: name of the quantizer in its module.
+    """
+
+    path: str
+    role: str
+    op: str
+    pattern: str = ""
+    signed: bool | None = True
+    first: bool = False
+    last: bool = False
+    depthwise: bool = False
+    source: str | None = None
+    slot: str = ""
+
+    @property
+    def key(self) -> str:
+        return f"{self.path}.{self.slot or 'lowbit_' + self.role}"
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """A convolution or linear layer: its norm, and where the grid of its input is declared (a site key)."""
+
+    path: str
+    op: str
+    pattern: str
+    batch_norm: str | None
+    first: bool
+    last: bool
+    depthwise: bool
+    grid_of_input: str
+
+
+@dataclass(frozen=True)
+class OpPlan:
+    """A functional call, or a parameterless module, that becomes a low-bit op under ``path``."""
+
+    path: str
+    owner: str
+    key: CallKey
+    kind: Kind
+    in_place_of: str | None  # path of the module to replace; None: a call in the owner's forward
+    call: Call
+
+
+@dataclass
+class Plan:
+    layers: list[LayerPlan] = field(default_factory=list)
+    ops: list[OpPlan] = field(default_factory=list)
+    sites: list[Site] = field(default_factory=list)
+    ties: list[list[str]] = field(default_factory=list)  # site keys that share one step
+    same_grid: set[str] = field(default_factory=set)  # of those, keys that share the sign too (concat)
+    operands: dict[str, list[str]] = field(default_factory=dict)  # op path -> keys that declare its operands' grids
+
+
+def make_plan(root: nn.Module, flow: Flow, convertible: set[str], kept: set[str]) -> Plan:
+    """Plan the conversion of the compute layers in ``convertible``; ``kept`` are norms that must not be folded."""
+    return _Planner(root, flow, convertible, kept).plan()
+
+
+class _Planner:
+    def __init__(self, root: nn.Module, flow: Flow, convertible: set[str], kept: set[str]) -> None:
+        self.root, self.flow, self.convertible, self.kept = root, flow, convertible, kept
+        self.result = Plan()
+        self.by_path: dict[str, list[Call]] = defaultdict(list)
+        for call in flow.calls:
+            if call.path is not None:
+                self.by_path[call.path].append(call)
+        self.fold: dict[str, str] = {}  # conv path -> norm path
+        self.names: dict[int, str] = {}  # id(call) -> path of the module that will hold its quantizers
+        self.union = _Union()
+        self.sites: dict[str, Site] = {}
+
+    # -- the passes, in order ----------------------------------------------------------------------------------
+    def plan(self) -> Plan:
+        self._pair_norms()
+        self._name_ops()
+        for call in self.flow.calls:
+            if call.kind in PRODUCERS:
+                self._produce(call)
+        for call in self.flow.calls:
+            self._read(call)
+        for entry in self.flow.entries:
+            self._tie_readers(entry)
+        for call in self.flow.calls:
+            if call.kind is Kind.COMPUTE and call.path in self.convertible and call is self.by_path[call.path][0]:
+                self._layer(call)
+        self.result.sites = list(self.sites.values())
+        self.result.ties = self.union.groups(self.sites)
+        return self.result
+
+    def _pair_norms(self) -> None:
+        for path, calls in self.by_path.items():
+            if calls[0].kind is not Kind.COMPUTE or path not in self.convertible:
+                continue
+            readers = {reader.path for call in calls for reader in call.readers}
+            if len(readers) != 1 or any(len(call.readers) != 1 or call in self.flow.exits for call in calls):
+                continue
+            (norm,) = readers
+            if norm is None or norm in self.kept or norm not in self.by_path:
+                continue
+            norm_calls = self.by_path[norm]
+            fed_by_us = all(c.inputs and c.inputs[0].path == path for c in norm_calls)
+            if norm_calls[0].kind is Kind.BATCH_NORM and fed_by_us:
+                self.fold[path] = norm
+
+    def _name_ops(self) -> None:
+        """Give every functional call, and every call of a shared parameterless module, a module of its own."""
+        used = {path for path, _ in self.root.named_modules()}
+        named: dict[tuple[str, CallKey], str] = {}
+        for call in self.flow.calls:
+            if call.kind not in REWRITTEN:
+                if call.path is not None:
+                    self.names[id(call)] = call.path
+                continue
+            alone = call.path is not None and len({(c.owner, c.key) for c in self.by_path[call.path]}) == 1
+            if call.path is not None and (alone or call.kind is Kind.ACTIVATION):
+                self.names[id(call)] = call.path
+                if call.kind is not Kind.ACTIVATION and (call.owner, call.key) not in named:
+                    named[call.owner, call.key] = call.path
+                    self.result.ops.append(OpPlan(call.path, call.owner, call.key, call.kind, call.path, call))
+                continue
+            if (call.owner, call.key) not in named:
+                stem = f"{call.owner}." if call.owner else ""
+                name = f"{stem}lowbit_{call.kind.value}"
+                number = 0
+                while name in used:
+                    number += 1
+                    name = f"{stem}lowbit_{call.kind.value}_{number}"
+                used.add(name)
+                named[call.owner, call.key] = name
+                self.result.ops.append(OpPlan(name, call.owner, call.key, call.kind, None, call))
+            self.names[id(call)] = named[call.owner, call.key]
+
+    # -- sites -------------------------------------------------------------------------------------------------
+    def _readers(self, call: Call) -> Iterable[Call]:
+        """Who reads the values of a call, looking through what only moves them."""
+        for reader in call.readers:
+            if reader.kind is Kind.KEEP:
+                yield from self._readers(reader)
+            else:
+                yield reader
+
+    def _wants(self, call: Call) -> set[str]:
+        wants = set()
+        for reader in self._readers(call):
+            if reader.kind is Kind.COMPUTE and reader.path in self.convertible:
+                wants.add("compute")
+            elif reader.kind in (Kind.ADD, Kind.CAT, Kind.AVG_POOL):
+                wants.add("operand")
+        return wants
+
+    def _float_result(self, call: Call) -> bool:
+        """Whether a call's values lie on no grid: a layer left in float, a norm that is not folded."""
+        if call.kind is Kind.COMPUTE:
+            return call.path not in self.convertible
+        if call.kind is Kind.BATCH_NORM:
+            return call.path not in self.fold.values()
+        return call.kind not in PRODUCERS
+
+    def _produce(self, call: Call) -> None:
+        wants = self._wants(call)
+        if not wants or self._float_result(call) or (call.kind is Kind.COMPUTE and call.path in self.fold):
+            return
+        role = "operand" if "operand" in wants else "output"
+        path = self.names[id(call)]
+        key = f"{path}.lowbit_output"
+        known = self.sites.get(key)
+        if known is not None:  # called again: one rule for all calls, the wider role wins
+            role = "operand" if "operand" in (role, known.role) else "output"
+        pattern, op = self._pattern(call), call.kind.value
+        if call.kind in (Kind.COMPUTE, Kind.BATCH_NORM):
+            op = "conv"
+        self.sites[key] = Site(path, role, op, pattern, self._signed(call), slot="lowbit_output")
+
+    def _signed(self, call: Call) -> bool | None:
+        if call.kind is Kind.RELU:
+            return False
+        if call.kind in (Kind.COMPUTE, Kind.BATCH_NORM):
+            return True
+        if call.kind in (Kind.AVG_POOL, Kind.ADD, Kind.KEEP, Kind.CAT):
+            signs = {self._signed(source) for source in call.inputs}
+            return True if True in signs else None if None in signs else False
+        return True if call in self.flow.entries else None
+
+    def _pattern(self, call: Call) -> str:
+        """Name the merged chain that ends in ``call``, back to its layer: conv2d+bn+relu."""
+        words: list[str] = []
+        while True:
+            if call.kind is Kind.COMPUTE:
+                words.append(COMPUTE.get(type(call.target), "compute"))
+            elif call.kind is Kind.BATCH_NORM:
+                words.append("bn")
+            elif call.kind is Kind.KEEP:
+                pass
+            else:
+                words.append(call.key[0] if call.path is None else type(call.target).__name__.lower())
+            ends = call.kind in (Kind.COMPUTE, Kind.ADD, Kind.AVG_POOL, Kind.CAT, Kind.FLOAT)
+            if ends or not call.inputs or self._source_keys(call.inputs[0]):
+                return "+".join(reversed(words))
+            call = call.inputs[0]
+
+    def _source_keys(self, call: Call) -> list[str]:
+        """Site keys of the quantizers that a value has passed; empty when it is float."""
+        if call.kind is Kind.KEEP:
+            return self._source_keys(call.inputs[0]) if call.inputs else []
+        if call.kind is Kind.CAT:
+            path = self.names[id(call)]
+            keys = []
+            for index, source in enumerate(call.inputs):
+                keys += self._source_keys(source) or [f"{path}.lowbit_operand_{index}"]
+            return keys
+        key = f"{self.names.get(id(call), '')}.lowbit_output"
+        return [key] if key in self.sites else []
+
+    def _read(self, call: Call) -> None:
+        if call.kind is Kind.COMPUTE and call.path in self.convertible and call.inputs:
+            self._read_input(call)
+        elif call.kind in (Kind.ADD, Kind.CAT, Kind.AVG_POOL):
+            keys = [key for index, _ in enumerate(call.inputs) for key in self._read_operand(call, index)]
+            self.result.operands[self.names[id(call)]] = keys
+            self.union.join(keys)
+            if call.kind is Kind.CAT:
+                self.result.same_grid.update(keys)
+        self._tie_readers(call)
+
+    def _read_input(self, call: Call) -> None:
+        assert call.path is not None
+        sources = self._source_keys(call.inputs[0])
+        site = Site(
+            call.path, "input", COMPUTE[type(call.target)], "", self._signed(call.inputs[0]),
+            source=self.sites[sources[0]].role if sources and sources[0] in self.sites else None, slot="lowbit_input",
+        )  # fmt: skip
+        known = self.sites.get(site.key)
+        if known is None or (known.source is not None and site.source is None):
+            self.sites[site.key] = site
+
+    def _read_operand(self, call: Call, index: int) -> list[str]:
+        source = call.inputs[index]
+        keys = self._source_keys(source)
+        if keys:
+            return keys
+        path, slot = self.names[id(call)], f"lowbit_operand_{index}"
+        site = Site(path, "operand", call.kind.value, "", self._signed(source), slot=slot)
+        self.sites[site.key] = site
+        return [site.key]
+
+    def _tie_readers(self, call: Call) -> None:
+        """Whoever quantizes the same tensor where it reads it does so on one grid (layers and operands apart)."""
+        inputs, operands = [], []
+        for reader in self._readers(call):
+            if reader.kind is Kind.COMPUTE and reader.path in self.convertible:
+                inputs.append(f"{reader.path}.lowbit_input")
+            elif reader.kind in (Kind.ADD, Kind.CAT, Kind.AVG_POOL) and not self._source_keys(call):
+                path = self.names[id(reader)]
+                operands += [f"{path}.lowbit_operand_{i}" for i, s in enumerate(reader.inputs) if self._origin(s) is call]
+        for keys in (inputs, operands):
+            self.union.join([key for key in keys if key in self.sites])
+
+    def _origin(self, call: Call) -> Call:
+        return self._origin(call.inputs[0]) if call.kind is Kind.KEEP and call.inputs else call
+
+    # -- layers ------------------------------------------------------------------------------------------------
+    def _layer(self, call: Call) -> None:
+        path = call.path
+        assert path is not None
+        module = call.target
+        op = COMPUTE[type(module)]
+        norm = self.fold.get(path)
+        first, last = self._ends(call)
+        groups = getattr(module, "groups", 1)
+        sources = self._source_keys(call.inputs[0]) if call.inputs else []
+        pattern = op + ("+bn" if norm else "")
+        after = [r for r in self._readers(self.by_path[norm][0] if norm else call)]
+        if len(after) == 1 and after[0].kind in (Kind.RELU, Kind.ACTIVATION):
+            end = after[0]
+            pattern += "+" + (end.key[0] if end.path is None else type(end.target).__name__.lower())
+        self.result.layers.append(
+            LayerPlan(path, op, pattern, norm, first, last, 1 < groups == getattr(module, "in_channels", 0),
+                      sources[0] if sources else f"{path}.lowbit_input")
+        )  # fmt: skip
+        key = f"{path}.lowbit_input"
+        if key in self.sites:
+            site = self.sites[key]
+            self.sites[key] = Site(**{**site.__dict__, "first": first, "last": last, "pattern": pattern})
+
+    def _ends(self, call: Call) -> tuple[bool, bool]:
+        """First and last by graph order; by registration order where a layer stands alone in untraced code."""
+        if call.key == ("", 0) and call.owner == "":
+            order = [path for path, m in self.root.named_modules() if type(m) in COMPUTE]
+            return call.path == order[0], call.path == order[-1]
+        return not _reaches(call, "inputs"), not _reaches(call, "readers")
+
+
+def _reaches(call: Call, direction: str) -> bool:
+    """Whether another compute layer lies before (``inputs``) or behind (``readers``) this call."""
+    stack, seen = list(getattr(call, direction)), set()
+    while stack:
+        other = stack.pop()
+        if id(other) in seen:
+            continue
+        seen.add(id(other))
+        if other.kind is Kind.COMPUTE:
+            return True
+        stack.extend(getattr(other, direction))
+    return False
+
+
+class _Union:
+    def __init__(self) -> None:
+        self.parent: dict[str, str] = {}
+
+    def find(self, key: str) -> str:
+        while (parent := self.parent.setdefault(key, key)) != key:
+            key = parent
+        return key
+
+    def join(self, keys: list[str]) -> None:
+        for key in keys[1:]:
+            self.parent[self.find(key)] = self.find(keys[0])
+
+    def groups(self, sites: dict[str, Site]) -> list[list[str]]:
+        found: dict[str, list[str]] = defaultdict(list)
+        for key in sites:
+            if key in self.parent:
+                found[self.find(key)].append(key)
+        return [keys for keys in found.values() if len(keys) > 1]

@@ -1,0 +1,1 @@
+"""The low-bit modules and the conversion that puts them in place."""

@@ -1,0 +1,249 @@
+"""The seam: what a scheme answers, and what every low-bit module offers it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lowbit.errors import ConfigError
+from lightning_lowbit.graph.patterns import Site
+
+if TYPE_CHECKING:
+    from lightning_lowbit.modules.quantizer import Quantizer
+
+__all__ = [
+    "Link", "LowBitModule", "Milestone", "Mode", "Moment", "Scheme", "Site", "StepContext", "Switch", "Tally", "UpdateRule",
+    "float_mode", "low_bit_modules", "switch_of",
+]  # fmt: skip
+
+Moment = float | int | str
+"""A point of a run: float in (0, 1) = fraction, int = epoch, "500 steps" = step, 0 = at once."""
+
+
+class Mode(Enum):
+    """What all low-bit modules of a network do at present."""
+
+    FLOAT = "float"  # exactly the float network
+    OBSERVE = "observe"  # float arithmetic on folded layers, quantizers watch
+    LOWBIT = "lowbit"
+
+
+@dataclass
+class Tally:
+    """Saturated and seen values per quantizer, by site key."""
+
+    seen: dict[str, int] = field(default_factory=dict)
+    saturated: dict[str, Tensor] = field(default_factory=dict)
+
+    def count(self, quantizer: Quantizer, x: Tensor) -> None:
+        key = quantizer.site.key
+        self.seen[key] = self.seen.get(key, 0) + x.numel()
+        self.saturated[key] = self.saturated.get(key, torch.zeros((), device=x.device)) + quantizer.saturated(x)
+
+    def share(self, key: str) -> float | None:
+        """Saturated share of a site's values; None where it saw none."""
+        return float(self.saturated[key]) / self.seen[key] if self.seen.get(key) else None
+
+
+@dataclass
+class Switch:
+    """The one switch that all low-bit modules of a network share.
+
+    Attributes:
+        mode: what they do.
+        started: whether quantization has begun; before, LOWBIT means float (warm-up).
+        second_pass: during OBSERVE, whether ranges are known and histograms are filled.
+        ran: paths of the layers that ran since the set was emptied; None when nobody asks.
+        tally: counts saturated values per quantizer; None when nobody asks.
+    """
+
+    mode: Mode = Mode.LOWBIT
+    started: bool = False
+    second_pass: bool = False
+    ran: set[str] | None = None
+    tally: Tally | None = None
+
+    @property
+    def folding(self) -> bool:
+        return self.mode is Mode.OBSERVE or (self.mode is Mode.LOWBIT and self.started)
+
+    @property
+    def quantizing(self) -> bool:
+        return self.mode is Mode.LOWBIT and self.started
+
+
+@dataclass
+class Link:
+    """One carrier on its way from producer to consumer, for schemes whose exponents change from batch to batch.
+
+    The producer writes ``exponent`` when it makes the tensor, the consumer writes ``err_exponent`` when its
+    backward returns the error: int32 0-dim tensors, written in place. A tensor that forks has a link for each
+    reader; the producer then takes the smallest error exponent (sums stay exact) and quantizes once. A layer
+    called more than once takes the links of its calls in turn.
+    """
+
+    exponent: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int32))
+    err_exponent: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int32))
+
+
+@dataclass(frozen=True)
+class Milestone:
+    """``what`` happens from the moment ``when`` on; asked of every low-bit module and of the update rule."""
+
+    when: Moment | None
+    what: str
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What an update rule may know of the run.
+
+    Attributes:
+        step, total_steps: optimizer steps done and estimated; total is None when it is infinite.
+        reduce_sum, reduce_mean: over the processes; sums of integer tensors are exact. Identity on one.
+        grad_scale: factor on all gradients (16-bit mixed precision), 1 without.
+    """
+
+    step: int
+    total_steps: int | None
+    reduce_sum: Callable[[Tensor], Tensor]
+    reduce_mean: Callable[[Tensor], Tensor]
+    grad_scale: float = 1.0
+
+
+class UpdateRule(ABC):
+    """Updates what the user's optimizer does not own; called by the precision plugin around each optimizer step."""
+
+    def before_step(self, optimizer: torch.optim.Optimizer, context: StepContext) -> None:  # noqa: B027  # optional
+        """After backward, before the user's optimizer steps."""
+
+    @abstractmethod
+    def step(self, owned: set[str], context: StepContext) -> None:
+        """Update the low-bit modules whose paths are in ``owned``: the stepping optimizer holds their layer's weight."""
+
+    def milestone(self, what: str, reached: bool) -> None:  # noqa: B027  # optional
+        """A scheduled event is due (or, after a resume, not yet)."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types and tensors, by parameter name."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            raise ConfigError(f"{type(self).__name__} has no state to load, the checkpoint holds {sorted(state)}")
+
+
+class Scheme:
+    """A published low-bit scheme; concrete schemes are frozen dataclasses whose fields are its options."""
+
+    name: ClassVar[str] = ""
+    links: ClassVar[bool] = False  # exponents travel with every tensor (Link)
+    carries_errors: ClassVar[bool] = False  # the error is an integer: training runs with autocast off
+    reproducible: ClassVar[bool] = False  # the package's own sample order is used unless the user declines
+    exact_evaluation: ClassVar[bool] = True  # evaluation is integer arithmetic, but for the report's islands
+
+    def quantizer(self, site: Site) -> Quantizer | None:
+        """The quantizer of one tensor; None leaves it as it is."""
+        return None
+
+    def batch_norm(self, site: Site) -> str:
+        """What becomes of a norm behind a layer (``site`` is the layer's output): keep | fold | quantize | island."""
+        return "keep"
+
+    def compute(self, layer: nn.Module, *operands: Any) -> Tensor:
+        """The operation itself; for a layer the operands are input, weight and bias (None without)."""
+        return layer.op(*operands)  # type: ignore[no-any-return, operator]  # every LowBitModule has op
+
+    def prepare(self, layer: nn.Module) -> None:
+        """A last word on a converted layer before the run, e.g. weights moved onto their integer grid."""
+
+    def update_rule(self, modules: dict[str, nn.Module]) -> UpdateRule | None:
+        """What is updated outside the user's optimizer; ``modules`` are the low-bit modules by path."""
+        return None
+
+    def start(self, pretrained: bool) -> Moment:
+        """When quantization begins if the user does not say: 0 = at once."""
+        return 0
+
+    def milestones(self) -> tuple[Milestone, ...]:
+        """What changes over time, as plain data."""
+        return ()
+
+    def activation_bits(self) -> int:
+        """The widest training tensor in bits: above 8, low-bit layers leave autocast in training too."""
+        return 8
+
+
+class LowBitModule(nn.Module):
+    """What converted layers, norms and ops have in common.
+
+    Attributes:
+        path: where it stands in the converted network.
+        scheme, switch: shared by the whole network.
+        pattern: what was merged, for the report.
+    """
+
+    path: str
+    scheme: Scheme
+    switch: Switch
+    pattern: str
+    links_in: list[Link]
+    links_out: list[Link]
+
+    def attach(self, path: str, scheme: Scheme, switch: Switch, pattern: str) -> None:
+        self.path, self.scheme, self.switch, self.pattern = path, scheme, switch, pattern
+        self.links_in, self.links_out = [], []
+
+    def milestone(self, what: str, reached: bool) -> None:
+        """A scheduled event; modules ignore what is not theirs."""
+
+    def note_run(self) -> None:
+        if self.switch.ran is not None:
+            self.switch.ran.add(self.path)
+
+
+def low_bit_modules(root: nn.Module) -> Iterator[tuple[str, LowBitModule]]:
+    for path, module in root.named_modules():
+        if isinstance(module, LowBitModule):
+            yield path, module
+
+
+def switch_of(root: nn.Module) -> Switch:
+    """The switch of a converted network; ConfigError where nothing was converted."""
+    for _, module in low_bit_modules(root):
+        return module.switch
+    raise ConfigError(
+        f"{type(root).__name__}: no low-bit layer found. Convert it first: lightning_lowbit.convert(module, 'tqt'), or "
+        "run it in a Trainer with QuantCallback()."
+    )
+
+
+@contextmanager
+def mode(switches: Iterable[Switch], value: Mode) -> Iterator[None]:
+    """Switch networks for the length of a with-block."""
+    before = [(switch, switch.mode) for switch in switches]
+    try:
+        for switch, _ in before:
+            switch.mode = value
+        yield
+    finally:
+        for switch, old in before:
+            switch.mode = old
+
+
+@contextmanager
+def float_mode(module: nn.Module) -> Iterator[None]:
+    """Run a converted network as the float network that it was, batch norms in their own place.
+
+    Args:
+        module: a converted module; ConfigError if nothing in it was converted.
+    """
+    with mode([switch_of(module)], Mode.FLOAT):
+        yield

@@ -1,0 +1,99 @@
+"""Give every quantizer its first grid from data, in at most two passes over the batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lowbit.errors import ConfigError
+from lightning_lowbit.modules.base import Mode, mode, switch_of
+from lightning_lowbit.modules.convert import quantizers
+from lightning_lowbit.modules.layers import LowBitLayer
+from lightning_lowbit.modules.quantizer import Quantizer
+from lightning_lowbit.numerics.observers import AllReduce
+
+__all__ = ["calibrate", "open_quantizers", "reset"]
+
+
+def alone(tensor: Tensor, op: str) -> Tensor:
+    """Reduction over one process."""
+    return tensor
+
+
+def calibrate(
+    root: nn.Module, run: Callable[[], int], all_reduce: AllReduce = alone, accept_silent: Callable[[str], bool] = lambda path: False
+) -> list[str]:
+    """Observe what ``run`` feeds the network, in evaluation mode and float arithmetic, and set all grids.
+
+    Args:
+        root: a converted module.
+        run: feeds the calibration batches, the same ones each time it is called; returns how many.
+        all_reduce: combines statistics over processes.
+        accept_silent: whether a layer may stay silent, by path.
+    Returns:
+        keys of sites that stay open, because their tensors were zero throughout.
+    Raises:
+        ConfigError: no batch, a value that is not finite, or a converted layer that never ran.
+    """
+    switch = switch_of(root)
+    training = [module for module in root.modules() if module.training]
+    leaders = [q for q in (quantizer for _, quantizer in quantizers(root)) if q.group[0] is q]
+    try:
+        root.eval()
+        switch.ran = set()
+        with mode([switch], Mode.OBSERVE), torch.no_grad():
+            for again in (False, True):
+                _observe_weights(root)
+                if run() == 0:
+                    raise ConfigError(
+                        f"{type(root).__name__}: calibration got no batch. Check that the loader is not empty (limit_train_batches, "
+                        "drop_last with a small dataset), or give another with Calibrate(dataloader=...)."
+                    )
+                if again:
+                    break
+                _require_ran(root, switch.ran, accept_silent)
+                if not any([leader.close_pass(all_reduce) for leader in leaders]):  # a list: close all of them
+                    break
+            for leader in leaders:
+                leader.commit(all_reduce)
+    finally:
+        switch.ran = None
+        for module in training:
+            module.training = True
+    switch.started = True
+    return open_quantizers(root)
+
+
+def reset(root: nn.Module) -> None:
+    """Forget all grids: the network is float until the next calibration."""
+    for _, quantizer in quantizers(root):
+        quantizer.set_ready(False)
+    switch_of(root).started = False
+
+
+def open_quantizers(root: nn.Module) -> list[str]:
+    """Keys of the sites without a grid."""
+    return [quantizer.site.key for _, quantizer in quantizers(root) if not quantizer.ready]
+
+
+def _observe_weights(root: nn.Module) -> None:
+    """Weights and biases as the layers multiply with them: batch norm folded with its moving statistics."""
+    for module in root.modules():
+        if isinstance(module, LowBitLayer):
+            weight, bias = module.effective(module.weight)
+            for quantizer, tensor in ((module.lowbit_weight, weight), (module.lowbit_bias, bias)):
+                if isinstance(quantizer, Quantizer) and tensor is not None:
+                    quantizer.observe(tensor.detach())
+
+
+def _require_ran(root: nn.Module, ran: set[str], accepted: Callable[[str], bool]) -> None:
+    silent = [m.path for m in root.modules() if isinstance(m, LowBitLayer) and m.path not in ran and not accepted(m.path)]
+    if silent:
+        raise ConfigError(
+            f"{silent[0]}: converted, but it did not run in calibration"
+            + (f" (nor did {len(silent) - 1} more: {', '.join(silent[1:4])})" if len(silent) > 1 else "")
+            + ". A layer that is bypassed stays float unseen. If that is meant, name it in skip=; otherwise calibrate on "
+            "batches that reach it."
+        )

@@ -1,0 +1,241 @@
+"""Convolutions and linear layers on a grid: the user's own module objects, parameters and keys, another class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_lowbit.errors import UnsupportedModelError
+from lightning_lowbit.graph.fold import batch_statistics, fold_batch_norm
+from lightning_lowbit.graph.ops import Kind
+from lightning_lowbit.modules.base import LowBitModule, Mode
+from lightning_lowbit.modules.quantizer import Quantizer, on
+from lightning_lowbit.numerics.grid import Grid
+from lightning_lowbit.numerics.ste import gate_backward
+
+__all__ = ["LAYERS", "LowBitLayer", "SLOTS"]
+
+SLOTS = ("input", "weight", "bias", "accumulator", "output", "error", "weight_grad")
+
+
+class LowBitLayer(LowBitModule):
+    """A layer that multiplies and adds. One forward serves every scheme.
+
+    Slots ``lowbit_input`` ... ``lowbit_weight_grad`` hold quantizers or None. A folded batch norm stays where it
+    is, under its name and with its parameters; the layer only refers to it.
+    """
+
+    lowbit_kind = Kind.COMPUTE
+    weight: Tensor
+    bias: Tensor | None
+    out_axis = 0  # of the outputs, in the weight
+    channel_axis = 1  # of the outputs, in the result
+    groups = 1
+    lowbit_input: Quantizer | None
+    lowbit_weight: Quantizer | None
+    lowbit_bias: Quantizer | None
+    lowbit_accumulator: Quantizer | None
+    lowbit_output: Quantizer | None
+    lowbit_error: Quantizer | None
+    lowbit_weight_grad: Quantizer | None
+    lowbit_norm_frozen: Tensor
+    norm: _BatchNorm | None
+    input_grid: Quantizer | None  # declares the grid on which the input arrives
+
+    def prepare(self) -> None:
+        """Empty slots on a module whose class has just become this one."""
+        for slot in SLOTS:
+            self.register_module(f"lowbit_{slot}", None)
+        self.__dict__["norm"] = None  # not registered: they belong to their own places
+        self.__dict__["input_grid"] = None
+        self.norm_frozen = False
+
+    def fold(self, norm: _BatchNorm) -> None:
+        """Take over a batch norm that follows directly."""
+        self.__dict__["norm"] = norm
+        self.register_buffer("lowbit_norm_frozen", torch.zeros(()))
+
+    # -- forward -----------------------------------------------------------------------------------------------
+    def op(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The float operation."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.note_run()
+        if not self.switch.folding:
+            y = self.op(x, self.weight, self.bias)
+            return y if self.lowbit_output is None else self.lowbit_output(y)
+        with self.precision(x):
+            if self.full_precision() and x.dtype != torch.float64:
+                x = x.float()
+            x = on(self.lowbit_input, x)
+            weight, bias = self.effective(x)
+            if self.lowbit_weight_grad is not None:
+                weight = gate_backward(weight, self.lowbit_weight_grad.quantize)
+            weight = on(self.lowbit_weight, weight)
+            if self.lowbit_accumulator is None:
+                y = self.scheme.compute(self, x, weight, bias if bias is None else on(self.lowbit_bias, bias))
+            else:
+                y = on(self.lowbit_accumulator, self.scheme.compute(self, x, weight, None))
+                if bias is not None:
+                    y = y + self._along_channels(on(self.lowbit_bias, bias), y)
+            if self.lowbit_error is not None:
+                y = gate_backward(y, self.lowbit_error.quantize)
+            return on(self.lowbit_output, y)
+
+    def effective(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias that the layer multiplies with, batch norm merged (TQT section 5).
+
+        Batch phase (the norm trains and is not frozen): statistics of this batch, gradients through them.
+        Otherwise: moving statistics, as constants; gamma and beta still train.
+        """
+        norm = self.norm
+        if norm is None:
+            return self.weight, self.bias
+        if norm.training and not self.norm_frozen and self.switch.mode is Mode.LOWBIT:
+            y = self.op(x, self.weight, self.bias).to(self.weight.dtype)
+            if y.dim() > 2 and self.channel_axis == -1:
+                raise UnsupportedModelError(
+                    f"{self.path}: its output has {y.dim()} axes and the batch norm behind it counts channels along axis 1, "
+                    f"the layer along the last. Convert with skip=['{self.path}']."
+                )
+            mean, var, unbiased = batch_statistics(y, self.channel_axis)
+            self._track(norm, mean.detach(), unbiased)
+        else:
+            assert norm.running_mean is not None and norm.running_var is not None
+            mean, var = norm.running_mean, norm.running_var
+        return fold_batch_norm(
+            self.weight, self.bias, norm.weight, norm.bias, mean, var, norm.eps, self.out_axis, self.groups
+        )
+
+    @staticmethod
+    @torch.no_grad()
+    def _track(norm: _BatchNorm, mean: Tensor, var: Tensor) -> None:
+        """Moving averages, as torch's batch norm keeps them (momentum None: the plain average)."""
+        assert norm.running_mean is not None and norm.running_var is not None
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:
+            assert norm.num_batches_tracked is not None
+            share = 1.0 / norm.num_batches_tracked.to(mean.dtype)
+            norm.running_mean.add_((mean - norm.running_mean) * share)
+            norm.running_var.add_((var - norm.running_var) * share)
+        else:
+            norm.running_mean.lerp_(mean, norm.momentum)
+            norm.running_var.lerp_(var, norm.momentum)
+
+    def full_precision(self) -> bool:
+        """Whether autocast must leave this layer alone: evaluation, more than 8 bits, integer errors."""
+        return not self.training or self.scheme.carries_errors or self.scheme.activation_bits() > 8
+
+    @contextmanager
+    def precision(self, x: Tensor) -> Iterator[None]:
+        device = x.device.type
+        if torch.is_autocast_enabled(device) and self.full_precision():
+            with torch.autocast(device, enabled=False):
+                yield
+        else:
+            yield
+
+    def _along_channels(self, bias: Tensor, y: Tensor) -> Tensor:
+        if self.channel_axis == -1:
+            return bias
+        return bias.reshape(-1, *([1] * (y.dim() - 2)))
+
+    # -- over time, and for reports ----------------------------------------------------------------------------
+    def milestone(self, what: str, reached: bool) -> None:
+        if what == "freeze_batch_norm" and self.norm is not None and self.norm_frozen != reached:
+            self.norm_frozen = reached
+            self.lowbit_norm_frozen.fill_(float(reached))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[no-untyped-call]
+        if self.norm is not None:
+            self.norm_frozen = bool(self.lowbit_norm_frozen.round().item())
+
+    def accumulator_exponent(self) -> Tensor | None:
+        """log2 of one unit of the products' sum, ex + ew; None while a grid is open."""
+        source = self.lowbit_input if self.lowbit_input is not None else self.input_grid
+        if source is None or self.lowbit_weight is None or not (source.ready and self.lowbit_weight.ready):
+            return None
+        return source.exponent() + self.lowbit_weight.exponent()
+
+    def result_grid(self) -> Grid | None:
+        """Grid of the sums before any output quantizer."""
+        if self.lowbit_accumulator is not None and self.lowbit_accumulator.ready:
+            return self.lowbit_accumulator.grid()
+        exponent = self.accumulator_exponent()
+        return None if exponent is None or exponent.numel() > 1 else Grid(bits=32, exponent=int(exponent))
+
+
+class LowBitConv1d(LowBitLayer, nn.Conv1d):  # type: ignore[misc]  # weight: Tensor here, Parameter there
+    def op(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._conv_forward(x, weight, bias)
+
+
+class LowBitConv2d(LowBitLayer, nn.Conv2d):  # type: ignore[misc]
+    def op(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._conv_forward(x, weight, bias)
+
+
+class LowBitConv3d(LowBitLayer, nn.Conv3d):  # type: ignore[misc]
+    def op(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._conv_forward(x, weight, bias)
+
+
+class LowBitLinear(LowBitLayer, nn.Linear):  # type: ignore[misc]
+    channel_axis = -1
+
+    def op(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+
+class _Transposed(LowBitLayer):
+    """Outputs stand on axis 1 of the weight; a call may ask for an output size."""
+
+    out_axis = 1
+    dims = 0
+    function: Any
+    _output_padding: Any
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        self.__dict__["requested"] = output_size
+        return super().forward(x)
+
+    def op(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        padding = self._output_padding(
+            x, self.__dict__.get("requested"), self.stride, self.padding, self.kernel_size, self.dims, self.dilation
+        )
+        # Not self.function(...): a builtin in a class attribute does not bind, which reads like a slip.
+        return type(self).function(
+            x, weight, bias, self.stride, self.padding, padding, self.groups, self.dilation
+        )  # type: ignore[no-any-return]
+
+
+class LowBitConvTranspose1d(_Transposed, nn.ConvTranspose1d):  # type: ignore[misc]
+    dims, function = 1, staticmethod(F.conv_transpose1d)
+
+
+class LowBitConvTranspose2d(_Transposed, nn.ConvTranspose2d):  # type: ignore[misc]
+    dims, function = 2, staticmethod(F.conv_transpose2d)
+
+
+class LowBitConvTranspose3d(_Transposed, nn.ConvTranspose3d):  # type: ignore[misc]
+    dims, function = 3, staticmethod(F.conv_transpose3d)
+
+
+LAYERS: dict[type[nn.Module], type[LowBitLayer]] = {
+    nn.Conv1d: LowBitConv1d,
+    nn.Conv2d: LowBitConv2d,
+    nn.Conv3d: LowBitConv3d,
+    nn.Linear: LowBitLinear,
+    nn.ConvTranspose1d: LowBitConvTranspose1d,
+    nn.ConvTranspose2d: LowBitConvTranspose2d,
+    nn.ConvTranspose3d: LowBitConvTranspose3d,
+}

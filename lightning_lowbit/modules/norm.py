@@ -1,0 +1,45 @@
+"""What stands in the place of a folded batch norm: itself while the network is float, nothing once it is folded."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lightning_lowbit.graph.ops import Kind
+from lightning_lowbit.modules.base import LowBitModule
+from lightning_lowbit.modules.quantizer import Quantizer, on
+
+__all__ = ["NORMS", "LowBitBatchNorm"]
+
+
+class LowBitBatchNorm(LowBitModule):
+    """Same object, parameters, buffers and keys; still a ``_BatchNorm`` to whoever looks for one."""
+
+    lowbit_kind = Kind.BATCH_NORM
+    lowbit_output: Quantizer | None
+
+    def prepare(self) -> None:
+        self.register_module("lowbit_output", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.switch.folding:
+            x = super().forward(x)
+        return on(self.lowbit_output, x)
+
+
+class LowBitBatchNorm1d(LowBitBatchNorm, nn.BatchNorm1d):
+    pass
+
+
+class LowBitBatchNorm2d(LowBitBatchNorm, nn.BatchNorm2d):
+    pass
+
+
+class LowBitBatchNorm3d(LowBitBatchNorm, nn.BatchNorm3d):
+    pass
+
+
+NORMS: dict[type[nn.Module], type[LowBitBatchNorm]] = {
+    nn.BatchNorm1d: LowBitBatchNorm1d,
+    nn.BatchNorm2d: LowBitBatchNorm2d,
+    nn.BatchNorm3d: LowBitBatchNorm3d,
+}

@@ -1,0 +1,123 @@
+"""What every quantizer is: a place for a grid, silent until calibrated, one module per site."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_lowbit.errors import ConfigError
+from lightning_lowbit.modules.base import Mode, Site, Switch
+from lightning_lowbit.numerics.grid import Grid
+from lightning_lowbit.numerics.observers import AllReduce
+
+__all__ = ["Quantizer", "on"]
+
+
+class Quantizer(nn.Module):
+    """Base of the quantizers that schemes hand out.
+
+    It passes tensors through until it is initialized (by calibration or from a checkpoint), and while its
+    network runs in float. State is in float32 buffers, since weight averaging truncates integer ones; ``ready``
+    and ``signed`` are their Python copies, so that no forward reads a device.
+
+    Args:
+        site: the tensor it stands for.
+    """
+
+    initialized: Tensor
+    negative: Tensor
+    switch: Switch
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.site = site
+        self.ready = False
+        self.signed = True if site.signed is None else site.signed
+        self.group: Sequence[Quantizer] = (self,)  # all members of its tie, itself included
+        self.register_buffer("initialized", torch.zeros(()))
+        self.register_buffer("negative", torch.tensor(float(self.signed)))
+
+    # -- what a scheme's quantizer answers ---------------------------------------------------------------------
+    @abstractmethod
+    def quantize(self, x: Tensor, rectify: bool = False) -> Tensor:
+        """Values of ``x`` (of relu(x) with ``rectify``) moved onto the grid."""
+
+    @abstractmethod
+    def exponent(self) -> Tensor:
+        """log2 of the step, int32 0-dim on the device (or one per channel)."""
+
+    @abstractmethod
+    def grid(self) -> Grid:
+        """The present grid, read back to the host."""
+
+    def share(self, group: Sequence[Quantizer], same_grid: bool) -> None:
+        """Give all members of a tie one step; with ``same_grid`` one sign too. Called on the first member."""
+
+    def saturated(self, x: Tensor) -> Tensor:
+        """How many values of ``x`` lie beyond the grid, 0-dim."""
+        return torch.zeros((), device=x.device)
+
+    # Calibration, in this order: observe in a first pass, close_pass, observe again if it asks for that, commit.
+    # close_pass and commit are called on the first member of a tie, for all of them.
+    def observe(self, x: Tensor) -> None:
+        """Look at a tensor."""
+
+    def close_pass(self, all_reduce: AllReduce) -> bool:
+        """End the first pass, over all processes; True asks for a second one."""
+        return False
+
+    def commit(self, all_reduce: AllReduce) -> None:
+        """Set the grid from what was seen and mark the tie ready; a tensor that was zero throughout stays open."""
+        self.set_ready()
+
+    # -- what all share ----------------------------------------------------------------------------------------
+    def forward(self, x: Tensor, rectify: bool = False) -> Tensor:
+        mode = self.switch.mode
+        if mode is Mode.LOWBIT and self.switch.started and self.ready:
+            if self.switch.tally is not None:
+                self.switch.tally.count(self, F.relu(x) if rectify else x)
+            return self.quantize(x, rectify)
+        if rectify:
+            x = F.relu(x)
+        if mode is Mode.OBSERVE and self.site.role not in ("weight", "bias"):  # those are read once, not per batch
+            self.observe(x.detach())
+        return x
+
+    def set_ready(self, ready: bool = True) -> None:
+        """Mark the whole tie as calibrated, or as waiting for calibration."""
+        for member in self.group:
+            member.ready = ready
+            member.initialized.fill_(float(ready))
+
+    def set_signed(self, signed: bool) -> None:
+        self.signed = signed
+        self.negative.fill_(float(signed))
+
+    def refresh(self) -> None:
+        """Bring the Python copies up to date with the buffers (after a load, or after weights were averaged)."""
+        self.ready, self.signed = bool(self.initialized.round().item()), bool(self.negative.round().item())
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[no-untyped-call]
+        self.refresh()
+        self.switch.started = self.switch.started or self.ready
+
+    def require_finite(self, bad: int) -> None:
+        if bad:
+            raise ConfigError(
+                f"{self.site.key}: {bad} values seen in calibration are NaN or infinite, expected finite numbers. Look at "
+                "the calibration batches and at the weights of the layers before it."
+            )
+
+    def extra_repr(self) -> str:
+        return f"{self.site.role}, {self.grid() if self.ready else 'not calibrated'}"
+
+
+def on(quantizer: Quantizer | None, x: Tensor) -> Tensor:
+    """Apply a quantizer where there is one."""
+    return x if quantizer is None else quantizer(x)

@@ -1,0 +1,283 @@
+"""Quantizers on power-of-two grids with straight-through gradients (TQT: Jain et al., MLSys 2020).
+
+``threshold_quantize`` has a trained threshold, ``fake_quantize`` a given exponent, ``gate_backward`` quantizes what
+flows back. On the CPU the first one runs as a chain of vectorized in-place passes over slices that stay in cache;
+``threshold_quantize_reference`` is its obvious twin, equal in every bit of the output and of the input's gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lightning_lowbit.numerics.exponent import pow2
+from lightning_lowbit.numerics.rounding import Rounding, round_to
+
+__all__ = ["fake_quantize", "gate_backward", "threshold_quantize", "threshold_quantize_reference"]
+
+_LN2 = math.log(2.0)
+_LOG2_T_LIMIT = 32  # thresholds beyond 2^+-32 act as that; their gradient passes
+_SLICE = 1 << 16  # elements per thread and pass: the slices of one step share the L2 cache, calls stay few
+
+# (g, v, low, high) -> g where low < v < high, else 0: the one vectorized comparison of eager CPU torch.
+# Bool masks and torch.where are five times slower, fake_quantize_per_tensor_affine twelve times.
+_MAGIC = {torch.float32: 1.5 * 2.0**23, torch.float64: 1.5 * 2.0**52}
+_LEAN_CODES = 1 << 22  # codes below this round exactly by _MAGIC
+
+_select_out = torch.ops.aten.hardtanh_backward.grad_input
+
+
+def threshold_quantize(
+    x: Tensor,
+    log2_t: Tensor,
+    *,
+    qmin: int,
+    qmax: int,
+    point: int,
+    rounding: Rounding = Rounding.HALF_EVEN,
+    rectify: bool = False,
+) -> Tensor:
+    """Quantize to a power-of-two grid whose threshold is trained (TQT, sec. 3.3).
+
+    s = 2^(ceil(log2_t) - point), v = x / s, r = round(v), y = clip(r, qmin, qmax) * s. Backward, for g = dL/dy:
+
+        ============================  =====  =======================================
+        r                             dL/dx  dL/dlog2_t, summed over the elements
+        ============================  =====  =======================================
+        r < qmin                      0      g * s * ln2 * qmin
+        qmin <= r <= qmax             g      g * s * ln2 * (r - v)
+        r > qmax                      0      g * s * ln2 * qmax
+        ============================  =====  =======================================
+
+    Elements of x that are not finite add nothing to dL/dlog2_t; NaN stays NaN in y. Only x is kept for backward.
+
+    Args:
+        x: float tensor of any shape and memory format; half-precision types are computed in float32.
+        log2_t: log2 of the clipping threshold, one element; acts within [-32, 32]. Its gradient has its dtype.
+        qmin, qmax: first and last code, below 2^22 in size.
+        point: log2 of the codes in one threshold: bits - 1 signed, bits unsigned.
+        rounding: ties as named; HALF_EVEN is the published rule and the fast one.
+        rectify: quantize relu(x) without storing it: same values and gradients, 0 in dL/dx where x <= 0.
+    Returns:
+        y, float32 (float64 for float64 x), shape and memory format of x.
+    """
+    if rounding is Rounding.HALF_EVEN and max(-qmin, qmax) < _LEAN_CODES and _lean_applies(x):
+        y = _Lean.apply(x, log2_t, qmin, qmax, point, rectify)
+    else:
+        y = _Formula.apply(x, log2_t, qmin, qmax, point, rounding, rectify)
+    return y  # type: ignore[no-any-return]  # Function.apply is untyped
+
+
+def threshold_quantize_reference(
+    x: Tensor,
+    log2_t: Tensor,
+    *,
+    qmin: int,
+    qmax: int,
+    point: int,
+    rounding: Rounding = Rounding.HALF_EVEN,
+    rectify: bool = False,
+) -> Tensor:
+    """The table of :func:`threshold_quantize`, one tensor operation per symbol; slow, obvious, on every device."""
+    return _Formula.apply(x, log2_t, qmin, qmax, point, rounding, rectify)  # type: ignore[no-any-return]
+
+
+def _scale(log2_t: Tensor, point: int, dtype: torch.dtype) -> Tensor:
+    """s = 2^(ceil(log2_t) - point), exact, 0-dim; a NaN threshold stays NaN."""
+    exponent = log2_t.detach().reshape(()).ceil().to(torch.float32).clamp(-_LOG2_T_LIMIT, _LOG2_T_LIMIT)
+    # Always a normal number, hence fewer operations than pow2; inductor repeats them inside every fused loop.
+    bits = (exponent + (127 - point)).to(torch.int32) << 23
+    return (bits.view(torch.float32) + 0 * exponent).to(dtype)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+class _Formula(torch.autograd.Function):
+    """The table, recomputed from x in backward; torch.compile fuses each side into one loop."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, log2_t: Tensor, qmin: int, qmax: int, point: int, rounding: Rounding, rectify: bool
+    ) -> Tensor:
+        s = _scale(log2_t, point, _compute_dtype(x))
+        ctx.save_for_backward(x, s)
+        ctx.log2_t = log2_t.shape, log2_t.dtype
+        ctx.grid = qmin, qmax, rounding, rectify
+        v = (x.relu() if rectify else x) * s.reciprocal()  # exact: s is a power of two
+        return round_to(v, rounding).clamp(qmin, qmax) * s
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, s = ctx.saved_tensors
+        dx, dlog2_t = _formula_backward(g, x, s, *ctx.grid)
+        shape, dtype = ctx.log2_t
+        return dx, dlog2_t.to(dtype).reshape(shape), None, None, None, None, None
+
+
+def _formula_backward(
+    g: Tensor, x: Tensor, s: Tensor, qmin: int, qmax: int, rounding: Rounding, rectify: bool
+) -> tuple[Tensor, Tensor]:
+    z = x.relu() if rectify else x
+    v = z * s.reciprocal()
+    r = round_to(v, rounding)
+    inside = (r >= qmin) & (r <= qmax)
+    c = torch.where(inside, r - v, r.clamp(qmin, qmax))
+    c = torch.where(z.isfinite(), c, 0.0)
+    passed = inside & (x > 0) if rectify else inside
+    return torch.where(passed, g, 0.0).to(x.dtype), (g * c).sum() * (s * _LN2)
+
+
+def _lean_applies(x: Tensor) -> bool:
+    """Plain eager CPU tensors, dense; anything else takes the formula, which never reads a value on the host."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and x.device.type == "cpu"
+        and _dense_format(x) is not None
+        and not torch.jit.is_tracing()
+    )
+
+
+def _dense_format(x: Tensor) -> torch.memory_format | None:
+    if x.is_contiguous():
+        return torch.contiguous_format
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
+        return torch.channels_last_3d
+    return None
+
+
+def _slices(x: Tensor, size: int) -> tuple[Tensor, ...]:
+    """Views of at most ``size`` elements that cover x in memory order."""
+    return x.as_strided((x.numel(),), (1,)).split(size) if x.numel() > size else (x,)
+
+
+@functools.cache
+def _open_interval(qmin: int, qmax: int, dtype: torch.dtype) -> tuple[float, float]:
+    """Strict bounds on v for qmin <= round_half_even(v) <= qmax."""
+    low, high = torch.tensor((qmin - 0.5, qmax + 0.5), dtype=dtype)
+    # A tie goes to the even code: the bound itself is inside if the code beside it is even.
+    low = low.nextafter(low - 1) if qmin % 2 == 0 else low
+    high = high.nextafter(high + 1) if qmax % 2 == 0 else high
+    return low.item(), high.item()
+
+
+@functools.cache
+def _one(dtype: torch.dtype) -> Tensor:
+    return torch.ones((), dtype=dtype)
+
+
+class _Lean(torch.autograd.Function):
+    """The table times s, so that no pass is spent on v, as vectorized passes over slices that stay in cache.
+
+    The threshold is read on the host: on the CPU that waits for nothing, and scalars make the passes fewer.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, log2_t: Tensor, qmin: int, qmax: int, point: int, rectify: bool) -> Tensor:
+        dtype = _compute_dtype(x)
+        t = float(log2_t)
+        s = math.ldexp(1.0, math.ceil(min(max(t, -_LOG2_T_LIMIT), _LOG2_T_LIMIT)) - point) if t == t else math.nan
+        ctx.save_for_backward(x)
+        ctx.log2_t = log2_t.shape, log2_t.dtype
+        ctx.grid = s, qmin, qmax, rectify
+        # Adding 1.5 * 2^23 steps leaves no bits below one step: the adder itself rounds, half to even.
+        magic = s * _MAGIC[dtype]
+        low, high = s * (max(qmin, 0) if rectify else qmin), s * qmax  # relu comes free with the clip
+        y = torch.empty_like(x, dtype=dtype)
+        size = _SLICE * torch.get_num_threads()
+        for x_i, y_i in zip(_slices(x, size), _slices(y, size), strict=True):
+            torch.add(x_i.to(dtype), magic, out=y_i)
+            y_i.sub_(magic).clamp_(low, high)
+        return y
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        s, qmin, qmax, rectify = ctx.grid
+        dtype = g.dtype
+        magic = s * _MAGIC[dtype]
+        low, high = s * (max(qmin, 0) if rectify else qmin), s * qmax
+        first, last = (s * bound for bound in _open_interval(qmin, qmax, dtype))
+        first = 0.0 if rectify else first
+        one = _one(dtype)
+        g = g.contiguous(memory_format=_dense_format(x))
+        dx = torch.empty_like(x, dtype=dtype)
+        size = _SLICE * torch.get_num_threads()
+        xs, gs, dxs = _slices(x, size), _slices(g, size), _slices(dx, size)
+        inside, c = torch.empty_like(xs[0], dtype=dtype), torch.empty_like(xs[0], dtype=dtype)
+        total = 0.0
+        for x_i, g_i, dx_i in zip(xs, gs, dxs, strict=True):
+            if x_i.shape != c.shape:
+                inside, c = inside[: x_i.numel()], c[: x_i.numel()]
+            x_i = x_i.to(dtype)
+            if not ctx.needs_input_grad[1]:
+                _select_out(g_i, x_i, first, last, grad_input=dx_i)
+                total += float(x_i.sum())  # only to notice NaN, which is outside
+                continue
+            _select_out(one, x_i, first, last, grad_input=inside)
+            torch.mul(g_i, inside, out=dx_i)
+            torch.add(x_i, magic, out=c)
+            # s * c = y - x inside, y outside; an infinite x times 0 is NaN and shows in the sum.
+            c.sub_(magic).clamp_(low, high).addcmul_(x_i, inside, value=-1)
+            total += float(c.mul_(g_i).sum())  # not torch.dot: the cascade of sum keeps two more digits
+        if math.isfinite(total):
+            shape, log2_t_dtype = ctx.log2_t
+            dlog2_t = torch.full(shape, total * _LN2, dtype=log2_t_dtype)
+        else:
+            step = torch.tensor(s, dtype=dtype)
+            dx, dlog2_t = _formula_backward(g, x, step, qmin, qmax, Rounding.HALF_EVEN, rectify)
+            dlog2_t = dlog2_t.to(ctx.log2_t[1]).reshape(ctx.log2_t[0])
+        return dx.to(x.dtype), dlog2_t if ctx.needs_input_grad[1] else None, None, None, None, None
+
+
+class _Static(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, exponent: Tensor, qmin: int, qmax: int, rounding: Rounding) -> Tensor:
+        s = pow2(exponent).to(_compute_dtype(x))
+        r = round_to(x / s, rounding)
+        ctx.save_for_backward((r >= qmin) & (r <= qmax))
+        ctx.dtype = x.dtype
+        return r.clamp(qmin, qmax) * s
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        (inside,) = ctx.saved_tensors
+        return torch.where(inside, g, 0.0).to(ctx.dtype), None, None, None, None
+
+
+def fake_quantize(
+    x: Tensor, exponent: Tensor, *, qmin: int, qmax: int, rounding: Rounding = Rounding.HALF_EVEN
+) -> Tensor:
+    return _Static.apply(x, exponent, qmin, qmax, rounding)  # type: ignore[no-any-return]
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.fn = fn
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None]:
+        return ctx.fn(g), None
+
+
+def gate_backward(x: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return ``x`` unchanged; its gradient is ``fn`` of the incoming one.
+
+    Args:
+        x: any shape and dtype.
+        fn: called once in backward with the gradient; must keep shape and dtype.
+    """
+    return _Gate.apply(x, fn)  # type: ignore[no-any-return]

@@ -1,0 +1,112 @@
+"""The registry: scheme names to classes, found in this folder and in the entry points of installed packages."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from typing import Any
+
+from torch import nn
+
+from lightning_lowbit.errors import ConfigError, nearest
+from lightning_lowbit.modules.base import Scheme
+from lightning_lowbit.modules.convert import Conversion, Pattern, Selection, convert_module
+
+__all__ = ["convert", "find", "registry", "resolve"]
+
+GROUP = "lightning_lowbit.schemes"
+
+
+def registry() -> dict[str, type[Scheme]]:
+    """All schemes by name: modules of this folder, then installed entry points (which cannot replace a built-in)."""
+    found: dict[str, type[Scheme]] = {}
+    for module in pkgutil.iter_modules(__path__):
+        loaded = importlib.import_module(f"{__name__}.{module.name}")
+        for value in vars(loaded).values():
+            if isinstance(value, type) and issubclass(value, Scheme) and value.name and value.__module__ == loaded.__name__:
+                found[value.name] = value
+    for entry in entry_points(group=GROUP):
+        found.setdefault(entry.name, entry.load())
+    return found
+
+
+def find(name: str) -> type[Scheme]:
+    """The scheme called ``name``: built-in, entry point, or the name of a Scheme class that is imported already.
+
+    Names that come from files are looked up here and nowhere else; nothing is imported by path.
+    """
+    known = registry()
+    if name in known:
+        return known[name]
+    for cls in _subclasses(Scheme):
+        if name in (cls.name, f"{cls.__module__}.{cls.__qualname__}"):
+            return cls
+    raise ConfigError(f"scheme: no scheme is called {name!r}.{nearest(name, known)}")
+
+
+def resolve(scheme: Scheme | str, **options: Any) -> Scheme:
+    """An instance from a name and options, or from an instance and changes to it.
+
+    Raises:
+        ConfigError: unknown name or option, with the nearest valid one.
+    """
+    if isinstance(scheme, str):
+        cls = find(scheme)
+        _check_options(cls, options)
+        return cls(**options)
+    if isinstance(scheme, type) and issubclass(scheme, Scheme):
+        return resolve(scheme.name, **options)
+    if not isinstance(scheme, Scheme):
+        raise ConfigError(f"scheme: got {scheme!r}, expected a name such as 'tqt' or a Scheme instance.{nearest('', registry())}")
+    _check_options(type(scheme), options)
+    return dataclasses.replace(scheme, **options) if options else scheme  # type: ignore[type-var]  # schemes are dataclasses
+
+
+def convert(
+    module: nn.Module,
+    scheme: Scheme | str = "tqt",
+    example_input: Any = None,
+    *,
+    skip: Sequence[Pattern] = (),
+    include: Sequence[Pattern] | None = None,
+    **options: Any,
+) -> Conversion:
+    """Convert ``module`` in place, without a Trainer: for evaluation, calibration and export.
+
+    Args:
+        module: any module.
+        scheme: name or instance; ``options`` are its fields, e.g. ``convert(net, "tqt", bits=4)``.
+        example_input: a batch, or a tuple of forward's arguments; quantizers are calibrated on it. None leaves
+            them open, and the network float until it is calibrated.
+        skip, include: module-path globs or layer classes.
+    Returns:
+        what was converted and what was not.
+    Raises:
+        ConfigError, UnsupportedModelError: by module path, with the next step.
+    """
+    from lightning_lowbit.modules.calibrate import calibrate
+
+    result = convert_module(module, resolve(scheme, **options), Selection(skip, include))
+    if example_input is not None:
+        arguments = example_input if isinstance(example_input, tuple) else (example_input,)
+
+        def run() -> int:
+            module(*arguments)
+            return 1
+
+        calibrate(module, run, accept_silent=lambda path: any(path.startswith(str(p)) for p in skip))
+    return result
+
+
+def _check_options(cls: type[Scheme], options: dict[str, Any]) -> None:
+    known = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+    for option in options:
+        if option not in known:
+            raise ConfigError(f"{cls.__name__} has no option {option!r}.{nearest(option, known)}")
+
+
+def _subclasses(cls: type[Scheme]) -> list[type[Scheme]]:
+    return [found for sub in cls.__subclasses__() for found in (sub, *_subclasses(sub))]

@@ -1,0 +1,194 @@
+"""TQT: trained power-of-two thresholds (Jain, Gural, Wu, Dick, MLSys 2020, arXiv:1903.08066)."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from torch import nn
+
+from lightning_lowbit.errors import ConfigError, nearest
+from lightning_lowbit.modules.base import Milestone, Moment, Scheme, Site, UpdateRule
+from lightning_lowbit.modules.quantizer import Quantizer
+from lightning_lowbit.modules.thresholds import (
+    AccumulatorQuantizer,
+    BiasQuantizer,
+    Initialization,
+    ThresholdQuantizer,
+)
+from lightning_lowbit.numerics.rounding import Rounding
+
+__all__ = ["Tqt"]
+
+Mode = Literal["static", "retrain_wt", "retrain_wt_th", "retrain_th", "label_free"]
+_OVERRIDABLE = ("weight_bits", "act_bits", "input_bits", "operand_bits", "acc_bits")
+
+
+@dataclass(frozen=True)
+class Tqt(Scheme):
+    """Uniform quantizers without zero point; scales are powers of two, clipping thresholds are trained.
+
+    Args:
+        bits: shorthand that sets weight_bits and act_bits.
+        weight_bits: bits of weights, signed (2 to 16).
+        act_bits: bits of what layers read (unsigned behind a rectifier).
+        input_bits: bits of the network's input, signed.
+        operand_bits: bits of tensors that feed an add, a concat or an average pool, and of pooled features.
+        first_last_weight_bits: least bits of the first and the last layer's weights.
+        bias: "int32" on the grid of the products, "own" with a threshold of its own at bias_bits, or "float".
+        bias_bits: bits of a bias with its own threshold.
+        acc_bits: bits of a quantizer on the sum of products (16 in the paper); None leaves the full sum.
+        mode: what is trained after calibration: weights and thresholds ("retrain_wt_th"), one of them, nothing
+            ("static"), or blocks against the float network without labels ("label_free").
+        weight_init: threshold initialization of weights: mse (over exponents), max, 3sd, klj or percentile.
+        act_init: the same for activations.
+        percentile: of the percentile initialization.
+        act_round: tie rule of activations: half_even, half_up or dpu.
+        narrow: leave out the most negative weight code.
+        threshold_optimizer: private optimizer of the thresholds: adam or normed_sgd.
+        threshold_lr: its learning rate.
+        threshold_beta2: its second-moment decay.
+        threshold_schedule: of its learning rate over the quantized part of the run: cosine, staircase or constant.
+        lr_step: steps between two staircase cuts by half.
+        freeze_thresholds: from when on thresholds freeze one after the other; None never.
+        freeze_thresholds_end: when the last one is frozen.
+        freeze_batch_norm: when folding goes over from batch to moving statistics.
+        warmup: when quantizers start in training from scratch.
+        overrides: options per module-path pattern, e.g. {"layer3.*": {"weight_bits": 8}}.
+
+    Fractions in ``freeze_*`` count from the start of quantization to the end of the run.
+    """
+
+    name: ClassVar[str] = "tqt"
+
+    bits: int | None = None
+    weight_bits: int = 8
+    act_bits: int = 8
+    input_bits: int = 8
+    operand_bits: int = 8
+    first_last_weight_bits: int = 8
+    bias: Literal["int32", "own", "float"] = "int32"
+    bias_bits: int = 16
+    acc_bits: int | None = None
+    mode: Mode = "retrain_wt_th"
+    weight_init: Initialization = "mse"
+    act_init: Initialization = "mse"
+    percentile: float = 99.99
+    act_round: Literal["half_even", "half_up", "dpu"] = "half_even"
+    narrow: bool = False
+    threshold_optimizer: Literal["adam", "normed_sgd"] = "adam"
+    threshold_lr: float = 1e-2
+    threshold_beta2: float = 0.999
+    threshold_schedule: Literal["cosine", "staircase", "constant"] = "cosine"
+    lr_step: int = 1000
+    freeze_thresholds: Moment | None = 0.5
+    freeze_thresholds_end: Moment = 0.9
+    freeze_batch_norm: Moment | None = 0.5
+    warmup: Moment = 0.3
+    overrides: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.bits is not None:
+            object.__setattr__(self, "weight_bits", self.bits)
+            object.__setattr__(self, "act_bits", self.bits)
+            object.__setattr__(self, "bits", None)  # spent: replace(scheme, act_bits=8) must not be undone by it
+        for option in (*_OVERRIDABLE, "first_last_weight_bits", "bias_bits"):
+            value = getattr(self, option)
+            if value is not None:
+                _check_bits(option, value)
+        for pattern, options in self.overrides.items():
+            for option, value in options.items():
+                if option not in _OVERRIDABLE:
+                    raise ConfigError(f"Tqt(overrides={{{pattern!r}: ...}}): no option {option!r}.{nearest(option, _OVERRIDABLE)}")
+                _check_bits(f"overrides[{pattern!r}].{option}", value)
+        for option in ("mode", "weight_init", "act_init", "act_round", "bias", "threshold_optimizer", "threshold_schedule"):
+            _check_choice(type(self), option, getattr(self, option))
+
+    @classmethod
+    def paper(cls, batch_size: int, **options: Any) -> Tqt:
+        """The published recipe (section 7): absolute steps scaled by 24 / batch_size."""
+        scale = 24 / batch_size
+        settings: dict[str, Any] = {
+            "weight_init": "3sd", "act_init": "klj", "acc_bits": 16, "threshold_schedule": "staircase",
+            "lr_step": max(1, round(1000 * scale)), "freeze_thresholds": f"{round(1000 * scale)} steps", "freeze_batch_norm": 1,
+        }  # fmt: skip
+        return cls(**{**settings, **options})
+
+    # -- the seam ----------------------------------------------------------------------------------------------
+    def quantizer(self, site: Site) -> Quantizer | None:
+        rounding, train = Rounding(self.act_round), self.mode in ("retrain_wt_th", "retrain_th", "label_free")
+        if site.role == "weight":
+            bits = self._bits(site, "weight_bits")
+            if site.first or site.last:
+                bits = max(bits, self.first_last_weight_bits)
+            return ThresholdQuantizer(site, bits, self.weight_init, self.percentile, Rounding.HALF_EVEN, train, self.narrow)
+        if site.role == "bias":
+            if self.bias == "float":
+                return None
+            own = self.bias == "own"
+            return BiasQuantizer(site, self.bias_bits if own else (self.acc_bits or 32), own, train)
+        if site.role == "accumulator":
+            acc_bits = self.acc_bits if self.acc_bits is None else self._bits(site, "acc_bits")
+            return None if acc_bits is None else AccumulatorQuantizer(site, acc_bits, self.act_init, self.percentile, rounding, train)
+        if site.role in ("input", "output", "operand"):
+            bits = self._activation_bits(site)
+            if site.role == "input" and site.source is not None and bits >= self._source_bits(site):
+                return None  # it arrives on a grid that is coarse enough
+            return ThresholdQuantizer(site, bits, self.act_init, self.percentile, rounding, train)
+        return None  # errors and weight gradients are float, straight through the rounding
+
+    def batch_norm(self, site: Site) -> str:
+        return "fold"
+
+    def update_rule(self, modules: dict[str, nn.Module]) -> UpdateRule:
+        from lightning_lowbit.schemes.tqt_training import ThresholdRule
+
+        return ThresholdRule(self, modules)
+
+    def start(self, pretrained: bool) -> Moment:
+        return 0 if pretrained else self.warmup
+
+    def milestones(self) -> tuple[Milestone, ...]:
+        frozen = self.mode in ("static", "retrain_th")
+        return (
+            Milestone(0 if frozen else self.freeze_batch_norm, "freeze_batch_norm"),
+            Milestone(self.freeze_thresholds, "freeze_ranges"),
+            Milestone(self.freeze_thresholds_end, "ranges_frozen"),
+        )
+
+    def activation_bits(self) -> int:
+        bits = [self.act_bits, self.input_bits, self.operand_bits, self.weight_bits, self.first_last_weight_bits, self.acc_bits or 0]
+        return max(bits)
+
+    # -- bits --------------------------------------------------------------------------------------------------
+    def _bits(self, site: Site, option: str) -> int:
+        for pattern, options in self.overrides.items():
+            if option in options and fnmatch.fnmatchcase(site.path, pattern):
+                return options[option]
+        return int(getattr(self, option))
+
+    def _activation_bits(self, site: Site) -> int:
+        if site.role == "operand" or site.op == "avg_pool":
+            return self._bits(site, "operand_bits")
+        if site.role == "input" and site.first:
+            return self._bits(site, "input_bits")
+        return self._bits(site, "act_bits")
+
+    def _source_bits(self, site: Site) -> int:
+        return self.operand_bits if site.source == "operand" else self.act_bits
+
+
+def _check_bits(option: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 2 <= value <= 16:
+        raise ConfigError(f"Tqt({option}={value!r}): expected an integer from 2 to 16 (one signed bit leaves only -1 and 0).")
+
+
+def _check_choice(cls: type[Any], option: str, value: Any) -> None:
+    from typing import get_args, get_type_hints
+
+    allowed = get_args(get_type_hints(cls)[option])
+    if value not in allowed:
+        raise ConfigError(f"Tqt({option}={value!r}): not one of {', '.join(map(repr, allowed))}.{nearest(str(value), allowed)}")
+
+

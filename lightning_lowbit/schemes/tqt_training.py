@@ -1,0 +1,241 @@
+"""What the published recipe does to thresholds over time: normed gradients, staircases, freezing (TQT)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from lightning_lowbit.errors import ConfigError
+from lightning_lowbit.modules.base import StepContext, UpdateRule
+from lightning_lowbit.modules.thresholds import ThresholdQuantizer
+
+if TYPE_CHECKING:
+    from lightning_lowbit.schemes.tqt import Tqt
+
+__all__ = ["NormedSgd", "ThresholdRule", "next_to_freeze", "staircase"]
+
+
+class NormedSgd(Optimizer):
+    """SGD on normed gradients: as scale-free as Adam, without its momentum (TQT, appendix on convergence).
+
+        v     = beta v + (1 - beta) g^2
+        g~    = tanh(g / sqrt(v / (1 - beta^t) + eps))
+        theta = theta - lr g~
+
+    No element moves by more than lr in a step, and a zero gradient moves nothing: a frozen threshold is one
+    whose gradient is zeroed.
+
+    Args:
+        params: parameters or groups, of any shape (thresholds have one element).
+        lr: step size in units of the parameter.
+        beta: decay of the mean square.
+        eps: added under the root.
+
+    Raises:
+        ConfigError: lr is negative, eps not positive, or beta outside [0, 1).
+    """
+
+    def __init__(self, params: ParamsT, lr: float = 1e-2, beta: float = 0.999, eps: float = 1e-12) -> None:
+        if not (lr >= 0 and 0 <= beta < 1 and eps > 0):
+            raise ConfigError(
+                f"NormedSgd: got lr={lr}, beta={beta}, eps={eps}; expected lr >= 0, 0 <= beta < 1, eps > 0."
+            )
+        super().__init__(params, {"lr": lr, "beta": beta, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of every parameter that has a gradient; returns the closure's loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for theta in group["params"]:
+                if theta.grad is not None:
+                    self._update(theta, theta.grad, self.state[theta], group)
+        return loss
+
+    @staticmethod
+    def _update(theta: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        if not state:
+            state["step"] = 0
+            state["mean_square"] = torch.zeros_like(theta)
+        state["step"] += 1
+        v, beta = state["mean_square"], group["beta"]
+        v.mul_(beta).addcmul_(g, g, value=1 - beta)
+        v_hat = v / (1 - beta ** state["step"])
+        theta.sub_(torch.tanh(g / torch.sqrt(v_hat + group["eps"])), alpha=group["lr"])
+
+
+def staircase(step: int, base_lr: float, every: float, factor: float) -> float:
+    """base_lr * factor^floor(step / every).
+
+    The recipe for batch size N: thresholds 1e-2, every 1000 * 24/N steps, 0.5; weights 1e-6, every
+    3000 * 24/N, 0.94.
+
+    >>> [staircase(step, 1.0, 1000, 0.5) for step in (0, 999, 1000, 3000)]
+    [1.0, 1.0, 0.5, 0.125]
+    """
+    return base_lr * math.pow(factor, step // every)
+
+
+def next_to_freeze(
+    current_log2_t: Tensor, ema_log2_t: Tensor, abs_grad: Tensor, frozen: Tensor
+) -> int | None:
+    """The threshold to freeze next, or None: the calmest of those that are in the bin where they mostly are.
+
+    Near a power of two a threshold swings between two exponents. It is frozen only while ceil(log2_t) equals
+    the ceil of its moving average, and among such the one with the least mean gradient goes first.
+
+    Args:
+        current_log2_t: [n], the thresholds now.
+        ema_log2_t: [n], their moving averages, zero-debiased.
+        abs_grad: [n], magnitude of the gradient averaged since the last freeze; reduced over ranks.
+        frozen: [n] bool, those that no longer take part.
+
+    >>> grad = torch.tensor([0.1, 0.3, 0.2])
+    >>> now, average = torch.tensor([0.1, 1.2, 2.5]), torch.tensor([-0.1, 1.9, 2.1])
+    >>> next_to_freeze(now, average, grad, torch.tensor([False, False, False]))
+    2
+    >>> next_to_freeze(now, average, grad, torch.tensor([False, True, True])) is None
+    True
+    """
+    ready = (torch.ceil(current_log2_t) == torch.ceil(ema_log2_t)) & ~frozen.bool()
+    if not bool(ready.any()):
+        return None
+    return int(torch.where(ready, abs_grad, torch.inf).argmin())
+
+
+class ThresholdRule(UpdateRule):
+    """Private optimizer of the thresholds: own learning rate and schedule, no weight decay, freezing at the end.
+
+    A threshold steps with the optimizer that holds its layer's weight; a gradient that another optimizer's step
+    finds is dropped. Gradients are averaged over the processes in one flat tensor.
+
+    Args:
+        scheme: its options.
+        modules: the low-bit modules by path.
+    """
+
+    def __init__(self, scheme: Tqt, modules: dict[str, nn.Module]) -> None:
+        self.scheme = scheme
+        self.thresholds: dict[str, ThresholdQuantizer] = {}  # one entry a tie, under its first member's key
+        self.owner: dict[str, str] = {}  # key -> path of the low-bit module it hangs on
+        seen: set[int] = set()
+        for path, module in modules.items():
+            for child in module.children():
+                if isinstance(child, ThresholdQuantizer) and child.log2_t is not None and id(child.log2_t) not in seen:
+                    seen.add(id(child.log2_t))
+                    if child.log2_t.requires_grad:
+                        self.thresholds[child.site.key] = child
+                        self.owner[child.site.key] = path
+        parameters = [{"params": [q.log2_t], "name": key} for key, q in self.thresholds.items()]
+        self.optimizer: Optimizer | None = None
+        if parameters:
+            lr, beta2 = scheme.threshold_lr, scheme.threshold_beta2
+            adam = scheme.threshold_optimizer == "adam"
+            self.optimizer = (
+                torch.optim.Adam(parameters, lr=lr, betas=(0.9, beta2)) if adam else NormedSgd(parameters, lr=lr, beta=beta2)
+            )
+        n = len(parameters)
+        self.average = torch.zeros(n)  # of log2_t, decay 0.9999, not yet debiased
+        self.abs_grad = torch.zeros(n)  # of the gradients since the last freeze
+        self.count = torch.zeros(2, dtype=torch.int64)  # steps in all, steps since the last freeze
+        self.begun: int | None = None  # run's step at which quantization began
+        self.reached: dict[str, bool] = {}
+        self.span: tuple[int, int] | None = None
+
+    def before_step(self, optimizer: Optimizer, context: StepContext) -> None:
+        if self.scheme.mode in ("static", "retrain_th"):  # weights stay: no gradient, no decay, no momentum
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
+
+    def milestone(self, what: str, reached: bool) -> None:
+        self.reached[what] = reached
+
+    @torch.no_grad()
+    def step(self, owned: set[str], context: StepContext) -> None:
+        items = list(self.thresholds.items())
+        if self.optimizer is None or not items:
+            return
+        mine = [self.owner[key] in owned and q.log2_t.grad is not None for key, q in items]
+        grads = [q.log2_t.grad.reshape(()) if m else q.log2_t.new_zeros(()) for m, (_, q) in zip(mine, items, strict=True)]  # type: ignore[union-attr]
+        flat = context.reduce_mean(torch.stack(grads)) / context.grad_scale
+        frozen = torch.stack([q.frozen for _, q in items]).cpu() > 0.5
+        if self.begun is None:
+            self.begun = context.step
+        for group, (_, q), has, g, stop in zip(self.optimizer.param_groups, items, mine, flat, frozen.tolist(), strict=True):
+            group["lr"] = self._lr(context)
+            usable = has and not stop and bool(torch.isfinite(g))
+            q.log2_t.grad = g.reshape(1).to(q.log2_t.dtype) if usable else None
+        self.optimizer.step()
+        for _, q in items:
+            q.log2_t.grad = None
+        self._follow(torch.stack([q.log2_t.reshape(()) for _, q in items]).cpu(), flat.abs().cpu())
+        self._freeze(items, frozen, context.step)
+
+    def _lr(self, context: StepContext) -> float:
+        lr, done = self.scheme.threshold_lr, context.step - (self.begun or 0)
+        if self.scheme.threshold_schedule == "staircase":
+            return staircase(done, lr, self.scheme.lr_step, 0.5)
+        if self.scheme.threshold_schedule == "cosine" and context.total_steps is not None:
+            share = min(1.0, done / max(1, context.total_steps - (self.begun or 0)))
+            return lr * 0.5 * (1 + math.cos(math.pi * share))
+        return lr
+
+    def _follow(self, now: Tensor, abs_grad: Tensor) -> None:
+        self.average.mul_(0.9999).add_(now, alpha=1 - 0.9999)
+        self.abs_grad.add_(torch.nan_to_num(abs_grad))
+        self.count += 1
+
+    def _freeze(self, items: list[tuple[str, ThresholdQuantizer]], frozen: Tensor, step: int) -> None:
+        """From ``freeze_ranges`` on, one after the other; all of them by ``ranges_frozen``."""
+        if self.span is None or not self.reached.get("freeze_ranges"):
+            return
+        first, last = self.span
+        due = math.ceil(len(items) * min(1.0, (step + 1 - first) / max(1, last - first)))
+        debiased = self.average / (1 - 0.9999 ** int(self.count[0]))
+        while int(frozen.sum()) < due:
+            now = torch.stack([q.log2_t.reshape(()) for _, q in items]).cpu()
+            index = next_to_freeze(now, debiased, self.abs_grad / max(1, int(self.count[1])), frozen)
+            if index is None:
+                if step + 1 < last:
+                    return
+                index = int((~frozen).nonzero()[0])  # out of time: where its average lies, it spent most steps
+                items[index][1].log2_t.fill_(debiased[index])
+            for member in items[index][1].group:
+                if isinstance(member, ThresholdQuantizer):
+                    member.frozen.fill_(1.0)
+            frozen[index] = True
+            self.abs_grad.zero_()
+            self.count[1] = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.optimizer is None:
+            return {}
+        state = {
+            group["name"]: dict(self.optimizer.state.get(group["params"][0], {})) for group in self.optimizer.param_groups
+        }
+        return {
+            "optimizer": state, "average": self.average.clone(), "abs_grad": self.abs_grad.clone(),
+            "count": self.count.clone(), "begun": self.begun,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.optimizer is None or not state:
+            return
+        for group in self.optimizer.param_groups:
+            kept = state["optimizer"].get(group["name"])
+            if kept:
+                device = group["params"][0].device
+                self.optimizer.state[group["params"][0]] = {
+                    k: v.clone().to(device if k != "step" else "cpu") if isinstance(v, Tensor) else v for k, v in kept.items()
+                }
+        self.average, self.abs_grad = state["average"].clone(), state["abs_grad"].clone()
+        self.count, self.begun = state["count"].clone(), state["begun"]

@@ -1,0 +1,230 @@
+"""The command line: short names, the key `quant`, and what it says when a name is wrong."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from lightning.pytorch import Trainer
+
+from lightning_lowbit import cli
+from lightning_lowbit.callbacks.quant import QuantCallback
+from lightning_lowbit.schemes import registry
+from lightning_lowbit.schemes.tqt import Tqt
+
+CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
+NET = ["--model", "DigitsCnn", "--data", "DigitsData"]
+QUIET = [
+    "--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.logger", "false",
+    "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",
+]  # fmt: skip
+
+Fit = Callable[..., Trainer]
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch) -> Fit:
+    """A function from the words behind `fit` to the Trainer that they build, which does not run."""
+
+    class BuiltError(Exception):
+        pass
+
+    def stop(self: cli.LowBitCLI) -> None:
+        raise BuiltError(self.trainer)
+
+    monkeypatch.setattr(cli.LowBitCLI, "before_fit", stop, raising=False)  # Lightning's own hook
+
+    def run(*words: str) -> Trainer:
+        with pytest.raises(BuiltError) as caught:
+            cli.main(["fit", *QUIET, *words])
+        trainer: Trainer = caught.value.args[0]
+        return trainer
+
+    return run
+
+
+def quant_callbacks(trainer: Trainer) -> list[QuantCallback]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, QuantCallback)]  # type: ignore[attr-defined]
+
+
+def print_config(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["fit", *words, "--print_config"])
+    assert not stopped.value.code
+    config: dict[str, Any] = yaml.safe_load(capsys.readouterr().out)
+    return config
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(list(words))
+    assert stopped.value.code == 2
+    return capsys.readouterr().err.rpartition("error: ")[2]
+
+
+TQT4 = {
+    "name, then option": ["--quant.scheme", "tqt", "--quant.scheme.bits", "4"],
+    "with equals signs": ["--quant.scheme=tqt", "--quant.scheme.bits=4"],
+    "class name": ["--quant.scheme", "Tqt", "--quant.scheme.bits", "4"],
+    "class path": ["--quant.scheme", "lightning_lowbit.schemes.tqt.Tqt", "--quant.scheme.bits", "4"],
+    "option of the default scheme": ["--quant.scheme.bits", "4"],
+    "inline mapping": ["--quant.scheme", "{class_path: tqt, init_args: {bits: 4}}"],
+    "inline section": ["--quant", "{scheme: tqt, scheme.bits: 4}"],
+}
+
+
+@pytest.mark.parametrize("words", TQT4.values(), ids=TQT4)
+def test_scheme_and_options_combine_on_the_command_line(build: Fit, words: list[str]) -> None:
+    (callback,) = quant_callbacks(build(*NET, *words))
+    assert callback.scheme == Tqt(bits=4)
+
+
+YAML4 = {
+    "beside each other": "quant: {scheme: tqt, scheme.bits: 4}",
+    "dotted": "quant.scheme: tqt\nquant.scheme.bits: 4",
+    "class path and init_args": "quant: {scheme: {class_path: tqt, init_args: {bits: 4}}}",
+    "option of the default scheme": "quant: {scheme.bits: 4}",
+}
+
+
+@pytest.mark.parametrize("text", YAML4.values(), ids=YAML4)
+def test_scheme_and_options_combine_in_yaml(build: Fit, tmp_path: Path, text: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(f"model: DigitsCnn\ndata: DigitsData\n{text}\n", encoding="utf-8")
+    (callback,) = quant_callbacks(build("--config", str(file)))
+    assert callback.scheme == Tqt(bits=4)
+
+
+def test_a_section_can_have_a_file_of_its_own(build: Fit, tmp_path: Path) -> None:
+    file = tmp_path / "quant.yaml"
+    file.write_text("scheme: tqt\nscheme.bits: 4\n", encoding="utf-8")
+    (callback,) = quant_callbacks(build(*NET, "--quant", str(file)))
+    assert callback.scheme == Tqt(bits=4)
+
+
+def test_the_command_line_adds_to_yaml(build: Fit) -> None:
+    config = str(CONFIGS / "digits_tqt.yaml")
+    (callback,) = quant_callbacks(build("--config", config, "--quant.scheme.act_bits", "6"))
+    assert callback.scheme == Tqt(act_bits=6)
+
+
+def test_quant_stands_first(build: Fit) -> None:
+    trainer = build(*NET, "--trainer.callbacks+=LearningRateMonitor")
+    names = [type(callback).__name__ for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    assert names[0] == "QuantCallback"
+    assert "LearningRateMonitor" in names
+
+
+def test_float_adds_no_callback(build: Fit) -> None:
+    assert quant_callbacks(build("--config", str(CONFIGS / "digits_float.yaml"))) == []
+    # Also over a file that names a scheme.
+    assert quant_callbacks(build("--config", str(CONFIGS / "digits_tqt.yaml"), "--quant.scheme", "float")) == []
+
+
+def test_a_second_callback_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    path = "lightning_lowbit.callbacks.quant.QuantCallback"
+    message = complaint(capsys, "fit", *NET, *QUIET, f"--trainer.callbacks+={path}")
+    assert message.startswith("trainer.callbacks: a QuantCallback stands there")
+
+
+@pytest.mark.parametrize(("word", "kind"), [("3", int), ("0", int), ("0.5", float), ("500 steps", str)])
+def test_a_moment_keeps_its_kind(capsys: pytest.CaptureFixture[str], word: str, kind: type) -> None:
+    """An epoch that arrived as 3.0 would be read as a fraction."""
+    start = print_config(capsys, *NET, "--quant.start", word)["quant"]["start"]
+    assert type(start) is kind
+    assert start == kind(word)
+
+
+@pytest.mark.parametrize("words", [["--quant.scheme.bits", "4", "--quant.skip", "[fc]"], ["--quant.scheme=float"]])
+def test_printed_config_reads_back_as_itself(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, words: list[str]
+) -> None:
+    first = print_config(capsys, *NET, *words)
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(first), encoding="utf-8")
+    assert print_config(capsys, "--config", str(file)) == first
+
+
+@pytest.mark.parametrize("name", ["Tqt", "tqt"])
+def test_help_of_a_scheme_lists_its_fields(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["fit", "--quant.scheme.help", name])
+    assert not stopped.value.code
+    assert "--quant.scheme.weight_bits" in capsys.readouterr().out
+
+
+WRONG = {
+    "scheme": (["fit", *NET, "--quant.scheme", "tqtt"], "Did you mean 'tqt'?"),
+    "field of a scheme": (["fit", *NET, "--quant.scheme.weight_bit", "4"], "Did you mean 'weight_bits'?"),
+    "argument of quant": (["fit", *NET, "--quant.calibrate_batch_count", "4"], "'quant.calibrate_batches'?"),
+    "trainer option": (["fit", *NET, "--trainer.max_epoch_count", "4"], "Did you mean 'trainer.max_epochs'?"),
+    "model": (["fit", "--model", "DigitCnn", "--data", "DigitsData"], "Did you mean 'DigitsCnn'?"),
+    "field of a model": (["fit", "--model", "DigitsCnn", "--model.chanels", "4"], "Did you mean 'channels'?"),
+    "subcommand": (["fti"], "Did you mean 'fit'?"),
+}
+
+
+@pytest.mark.parametrize(("words", "hint"), WRONG.values(), ids=WRONG)
+def test_a_wrong_name_is_answered_with_the_nearest(
+    capsys: pytest.CaptureFixture[str], words: list[str], hint: str
+) -> None:
+    assert hint in complaint(capsys, *words)
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("quant: {scheme: nitti}", "no scheme is called 'nitti'"),
+        ("quant: {skipp: [fc]}", "Did you mean 'quant.skip'?"),
+        ("quant: {scheme: tqt, scheme.bit: 4}", "Did you mean 'bits'?"),
+        ("quant: {scheme: float, scheme.bits: 4}", "'float' has no options, got bits"),
+    ],
+)
+def test_a_wrong_name_in_yaml_is_answered_too(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, hint: str
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(f"model: DigitsCnn\ndata: DigitsData\n{text}\n", encoding="utf-8")
+    assert hint in complaint(capsys, "fit", "--config", str(file))
+
+
+def test_schemes_lists_every_registered_scheme(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["schemes"])
+    table = capsys.readouterr().out
+    for name, scheme in registry().items():
+        assert f"{scheme.__module__}.{scheme.__qualname__}" in table
+        assert name in table
+    assert "weight_bits=8" in table
+
+
+def test_subcommands_are_those_of_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert "{schemes,fit,validate,test,predict}" in capsys.readouterr().out
+
+
+def last_accuracy(folder: Path) -> str:
+    """The last ``val_acc`` that Lightning's CSVLogger wrote below ``folder``."""
+    (file,) = folder.rglob("metrics.csv")
+    with file.open(encoding="utf-8") as lines:
+        return [row["val_acc"] for row in csv.DictReader(lines) if row["val_acc"]][-1]
+
+
+# Each run has a version folder of its own, so the checkpoint lies in another than the one in use.
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning:lightning.pytorch.callbacks")
+@pytest.mark.parametrize("name", ["digits_tqt", "digits_float"])
+def test_an_example_config_trains_and_its_checkpoint_validates(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    common = ["--config", str(CONFIGS / f"{name}.yaml"), "--trainer.enable_progress_bar", "false"]
+    cli.main(["fit", *common, "--trainer.max_epochs", "3"])
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    cli.main(["validate", *common, "--ckpt_path", str(checkpoint)])
+    trained = last_accuracy(tmp_path / "runs" / name / "version_0")
+    assert float(trained) > 0.8
+    assert last_accuracy(tmp_path / "runs" / name / "version_1") == trained
