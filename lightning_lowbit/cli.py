@@ -6,8 +6,8 @@
     lightning-lowbit validate --config digits.yaml --ckpt_path last.ckpt
     lightning-lowbit schemes
 
-``quant`` takes the arguments of `QuantCallback`; ``quant.scheme: float`` converts nothing, for a baseline under
-the same file. Needs the extra ``cli``.
+``quant`` takes the arguments of `QuantCallback`; ``quant.scheme: float`` converts nothing, for a baseline
+under the same file. Needs the extra ``cli``.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class LowBitCLI(LightningCLI):
                 "Move its arguments under quant."
             )
         if config.quant.scheme != FLOAT:
-            # First, so that callbacks that copy or prune the network (averaging, pruning) meet the converted one.
+            # First, so that callbacks that copy or prune the network meet the converted one.
             callbacks.insert(0, QuantCallback(**config.quant.as_dict()))
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
@@ -160,7 +160,9 @@ def _schemes_table() -> str:
     paragraphs.append((FLOAT, ["no scheme: the network stays as it is"]))
     width = 2 + max(len(name) for name, _ in paragraphs)
     return "\n".join(
-        f"{'' if row else name:<{width}}{line}" for name, lines in paragraphs for row, line in enumerate(lines)
+        f"{'' if row else name:<{width}}{line}"
+        for name, lines in paragraphs
+        for row, line in enumerate(lines)
     )
 
 

@@ -21,8 +21,8 @@ class DigitsData(LightningDataModule):
     """scikit-learn's handwritten digits in memory: 1437 images to train on, 360 to validate on.
 
     An image is float32 of shape (1, 8, 8) with values k / 16 in [0, 1]; a label is an int64 in [0, 9]. The
-    split is the same in every run; the order of the training images is a function of ``seed`` alone, so that a
-    float and a low-bit run see the same batches.
+    split is the same in every run; the order of the training images is a function of ``seed`` alone, so that
+    a float and a low-bit run see the same batches.
 
     Args:
         batch_size: images per batch; the last batch of an epoch is smaller.

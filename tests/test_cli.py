@@ -122,7 +122,9 @@ def test_quant_stands_first(build: Fit) -> None:
 def test_float_adds_no_callback(build: Fit) -> None:
     assert quant_callbacks(build("--config", str(CONFIGS / "digits_float.yaml"))) == []
     # Also over a file that names a scheme.
-    assert quant_callbacks(build("--config", str(CONFIGS / "digits_tqt.yaml"), "--quant.scheme", "float")) == []
+    assert (
+        quant_callbacks(build("--config", str(CONFIGS / "digits_tqt.yaml"), "--quant.scheme", "float")) == []
+    )
 
 
 def test_a_second_callback_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,7 +141,9 @@ def test_a_moment_keeps_its_kind(capsys: pytest.CaptureFixture[str], word: str, 
     assert start == kind(word)
 
 
-@pytest.mark.parametrize("words", [["--quant.scheme.bits", "4", "--quant.skip", "[fc]"], ["--quant.scheme=float"]])
+@pytest.mark.parametrize(
+    "words", [["--quant.scheme.bits", "4", "--quant.skip", "[fc]"], ["--quant.scheme=float"]]
+)
 def test_printed_config_reads_back_as_itself(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, words: list[str]
 ) -> None:

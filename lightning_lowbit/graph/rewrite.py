@@ -34,6 +34,7 @@ class TracedForward:
         parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
         self.steered = any(p.default is not p.empty or p.kind is p.VAR_KEYWORD for p in parameters)
         self.functions: dict[Any, Any] = {}
+        self.compiled = False
         self.__signature__ = inspect.signature(type(module).forward).replace(parameters=parameters)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -46,6 +47,11 @@ class TracedForward:
         if function is None:
             function = self.functions[variant] = self._write(fixed)
         return function(self.module, *args, **kwargs)
+
+    def compile(self) -> None:
+        """Compile the written functions from now on."""
+        if not self.compiled:
+            self.compiled, self.functions = True, {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "functions": {}}  # written again from the class's code when first called
@@ -69,4 +75,5 @@ class TracedForward:
         code = graph.python_code("self")
         namespace = dict(code.globals)
         exec(compile(code.src, f"<lightning_lowbit forward of {type(self.module).__name__}>", "exec"), namespace)
-        return namespace["forward"]
+        written = namespace["forward"]
+        return torch.compile(written) if self.compiled else written

@@ -62,6 +62,8 @@ class Switch:
         second_pass: during OBSERVE, whether ranges are known and histograms are filled.
         ran: paths of the layers that ran since the set was emptied; None when nobody asks.
         tally: counts saturated values per quantizer; None when nobody asks.
+        managed: whether somebody applies the update rule; training without one warns once.
+        conversion: the record of what was converted (modules.convert.Conversion).
     """
 
     mode: Mode = Mode.LOWBIT
@@ -69,6 +71,8 @@ class Switch:
     second_pass: bool = False
     ran: set[str] | None = None
     tally: Tally | None = None
+    managed: bool = False
+    conversion: Any = None
 
     @property
     def folding(self) -> bool:
@@ -128,8 +132,8 @@ class UpdateRule(ABC):
     def step(self, owned: set[str], context: StepContext) -> None:
         """Update the low-bit modules whose paths are in ``owned``: the stepping optimizer holds their layer's weight."""
 
-    def milestone(self, what: str, reached: bool) -> None:  # noqa: B027  # optional
-        """A scheduled event is due (or, after a resume, not yet)."""
+    def milestone(self, what: str, reached: bool, when: int) -> None:  # noqa: B027  # optional
+        """A scheduled event, due from step ``when`` on: reached, or (again) not yet."""
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types and tensors, by parameter name."""
@@ -188,8 +192,10 @@ class LowBitModule(nn.Module):
         path: where it stands in the converted network.
         scheme, switch: shared by the whole network.
         pattern: what was merged, for the report.
+        ungraded: names of parameters that the scheme updates itself and that get no gradient.
     """
 
+    ungraded: tuple[str, ...] = ()
     path: str
     scheme: Scheme
     switch: Switch

@@ -22,7 +22,7 @@ from lightning_lowbit.modules.layers import LAYERS, LowBitLayer
 from lightning_lowbit.modules.norm import NORMS, LowBitBatchNorm
 from lightning_lowbit.modules.quantizer import Quantizer
 
-__all__ = ["Conversion", "Selection", "convert_module", "is_converted", "quantizers"]
+__all__ = ["Conversion", "PassThrough", "Selection", "convert_module", "is_converted", "quantizers"]
 
 Pattern = str | type[nn.Module]
 
@@ -103,7 +103,9 @@ def convert_module(
             module.activation_relu_or_gelu = 0  # evaluation takes the same path as training: our linears run
     flow = follow(root)
     plan = make_plan(root, flow, wanted, _norms_to_keep(root, scheme))
-    _Builder(root, scheme, plan, flow).build(ties)
+    builder = _Builder(root, scheme, plan, flow)
+    builder.build(ties)
+    builder.switch.conversion = result
     result.layers, result.sites = plan.layers, [q.site for _, q in quantizers(root)]
     result.ties = ties if ties is not None else _present(plan.ties, {site.key for site in result.sites})
     result.uncovered = _uncovered(root, flow, wanted)
@@ -122,7 +124,7 @@ def _check_patterns(root: nn.Module, selection: Selection) -> None:
 
 def _check_layers(root: nn.Module, selection: Selection) -> None:
     for path, module in root.named_modules():
-        if isinstance(module, nn.MultiheadAttention) and not selection.skips(path, module):
+        if isinstance(module, nn.MultiheadAttention) and selection.wants(path, module):
             raise UnsupportedModelError(
                 f"{path}: nn.MultiheadAttention multiplies with its projections' weights without calling them, so they "
                 f"would stay float unseen. Accept that with skip=['{path}'] (what stands around it is converted), or use "
@@ -216,10 +218,9 @@ class _Builder:
         parent, _, name = plan.path.rpartition(".")
         owner = self.root.get_submodule(parent)
         op.train(owner.training if plan.in_place_of is None else self.root.get_submodule(plan.path).training)
-        if plan.in_place_of is None:
-            owner.add_module(name, op)
-        else:
-            setattr(owner, name, op)
+        if plan.in_place_of is not None:
+            op.__dict__["replaced"] = owner._modules[name]  # not registered; revert puts it back
+        owner._modules[name] = op
 
     def _layer(self, plan: LayerPlan) -> None:
         layer: Any = self.root.get_submodule(plan.path)
@@ -242,7 +243,7 @@ class _Builder:
         owner.add_module(site.slot or f"lowbit_{site.role}", _placed_like(quantizer, owner, self.root))
         self.made[site.key] = quantizer
         if not isinstance(owner, LowBitModule):  # an activation module of the user's: its result passes the quantizer
-            owner.register_forward_hook(_PassThrough(quantizer))
+            owner.register_forward_hook(PassThrough(quantizer))
 
     def _finish_layer(self, plan: LayerPlan) -> None:
         layer = self.root.get_submodule(plan.path)
@@ -307,7 +308,7 @@ class _Builder:
 
 
 @dataclass(eq=False)
-class _PassThrough:
+class PassThrough:
     """A forward hook as a value: deepcopy and pickle follow it to the copied quantizer."""
 
     quantizer: Quantizer

@@ -27,11 +27,13 @@ class LowBitOp(LowBitModule):
     lowbit_kind: Kind
     lowbit_output: Quantizer | None
     operand_grids: list[Quantizer]  # declare the grids of the operands
+    replaced: nn.Module | None  # the user's module in whose place it stands
 
     def __init__(self) -> None:
         super().__init__()
         self.register_module("lowbit_output", None)
         self.__dict__["operand_grids"] = []
+        self.__dict__["replaced"] = None
 
     def operand(self, index: int, x: Tensor) -> Tensor:
         return on(self._modules.get(f"lowbit_operand_{index}"), x)  # type: ignore[arg-type]  # a Quantizer by its slot

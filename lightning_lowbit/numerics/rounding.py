@@ -159,7 +159,7 @@ def _round_up(
 
 
 def saturate(x: Tensor, qmin: int | Tensor, qmax: int | Tensor) -> Tensor:
-    """Clip to [qmin, qmax], same dtype; NaN passes.
+    """Clip to [qmin, qmax], two numbers or two tensors, same dtype; NaN passes.
 
     >>> saturate(torch.tensor([-129, -128, 0, 127, 128]), -128, 127).tolist()
     [-128, -128, 0, 127, 127]

@@ -1,8 +1,8 @@
 """Quantizers on power-of-two grids with straight-through gradients (TQT: Jain et al., MLSys 2020).
 
-``threshold_quantize`` has a trained threshold, ``fake_quantize`` a given exponent, ``gate_backward`` quantizes what
-flows back. On the CPU the first one runs as a chain of vectorized in-place passes over slices that stay in cache;
-``threshold_quantize_reference`` is its obvious twin, equal in every bit of the output and of the input's gradient.
+``threshold_quantize`` has a trained threshold, ``fake_quantize`` a given exponent, ``gate_backward`` acts on
+what flows back. On the CPU they run as vectorized in-place passes over slices that stay in cache;
+``threshold_quantize_reference`` is the obvious twin, equal in output and input gradient (-0 counts as 0).
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ __all__ = ["fake_quantize", "gate_backward", "threshold_quantize", "threshold_qu
 
 _LN2 = math.log(2.0)
 _LOG2_T_LIMIT = 32  # thresholds beyond 2^+-32 act as that; their gradient passes
-_SLICE = 1 << 16  # elements per thread and pass: the slices of one step share the L2 cache, calls stay few
+_SLICE = 1 << 17  # elements per thread and pass: the slices of one step share the L2 cache, calls stay few
 
 # (g, v, low, high) -> g where low < v < high, else 0: the one vectorized comparison of eager CPU torch.
-# Bool masks and torch.where are five times slower, fake_quantize_per_tensor_affine twelve times.
+# Bool masks and torch.where take five times as long, fake_quantize_per_tensor_affine thirty times.
+_select = torch.ops.aten.hardtanh_backward.grad_input
 _MAGIC = {torch.float32: 1.5 * 2.0**23, torch.float64: 1.5 * 2.0**52}
 _LEAN_CODES = 1 << 22  # codes below this round exactly by _MAGIC
-
-_select_out = torch.ops.aten.hardtanh_backward.grad_input
+_LEAN_EXPONENTS = 96  # steps for which _MAGIC steps are normal float32 numbers
 
 
 def threshold_quantize(
@@ -45,7 +45,8 @@ def threshold_quantize(
 ) -> Tensor:
     """Quantize to a power-of-two grid whose threshold is trained (TQT, sec. 3.3).
 
-    s = 2^(ceil(log2_t) - point), v = x / s, r = round(v), y = clip(r, qmin, qmax) * s. Backward, for g = dL/dy:
+    s = 2^(ceil(log2_t) - point), v = x / s, r = round(v), y = clip(r, qmin, qmax) * s.
+    Backward, for g = dL/dy:
 
         ============================  =====  =======================================
         r                             dL/dx  dL/dlog2_t, summed over the elements
@@ -55,23 +56,24 @@ def threshold_quantize(
         r > qmax                      0      g * s * ln2 * qmax
         ============================  =====  =======================================
 
-    Elements of x that are not finite add nothing to dL/dlog2_t; NaN stays NaN in y. Only x is kept for backward.
+    Elements of x that are not finite add nothing to dL/dlog2_t; NaN stays NaN in y, with 0 in dL/dx.
+    Only x is kept for backward.
 
     Args:
         x: float tensor of any shape and memory format; half-precision types are computed in float32.
-        log2_t: log2 of the clipping threshold, one element; acts within [-32, 32]. Its gradient has its dtype.
-        qmin, qmax: first and last code, below 2^22 in size.
+        log2_t: log2 of the clipping threshold, one element; acts within [-32, 32], NaN makes y NaN.
+        qmin, qmax: first and last code.
         point: log2 of the codes in one threshold: bits - 1 signed, bits unsigned.
         rounding: ties as named; HALF_EVEN is the published rule and the fast one.
         rectify: quantize relu(x) without storing it: same values and gradients, 0 in dL/dx where x <= 0.
     Returns:
         y, float32 (float64 for float64 x), shape and memory format of x.
     """
-    if rounding is Rounding.HALF_EVEN and max(-qmin, qmax) < _LEAN_CODES and _lean_applies(x):
-        y = _Lean.apply(x, log2_t, qmin, qmax, point, rectify)
+    if _eager_cpu(x) and _lean_rounds(rounding, qmin, qmax):
+        y = _apply(_Lean, x, log2_t, _host_scale(float(log2_t.detach()), point), qmin, qmax, rectify)
     else:
-        y = _Formula.apply(x, log2_t, qmin, qmax, point, rounding, rectify)
-    return y  # type: ignore[no-any-return]  # Function.apply is untyped
+        y = _apply(_Formula, x, log2_t, qmin, qmax, point, rounding, rectify)
+    return y
 
 
 def threshold_quantize_reference(
@@ -84,8 +86,12 @@ def threshold_quantize_reference(
     rounding: Rounding = Rounding.HALF_EVEN,
     rectify: bool = False,
 ) -> Tensor:
-    """The table of :func:`threshold_quantize`, one tensor operation per symbol; slow, obvious, on every device."""
-    return _Formula.apply(x, log2_t, qmin, qmax, point, rounding, rectify)  # type: ignore[no-any-return]
+    """The table of :func:`threshold_quantize`, one operation per symbol: slow, obvious, on every device."""
+    return _apply(_Formula, x, log2_t, qmin, qmax, point, rounding, rectify)
+
+
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
+    return function.apply(*args)  # type: ignore[no-untyped-call, no-any-return]  # torch leaves it untyped
 
 
 def _scale(log2_t: Tensor, point: int, dtype: torch.dtype) -> Tensor:
@@ -94,6 +100,13 @@ def _scale(log2_t: Tensor, point: int, dtype: torch.dtype) -> Tensor:
     # Always a normal number, hence fewer operations than pow2; inductor repeats them inside every fused loop.
     bits = (exponent + (127 - point)).to(torch.int32) << 23
     return (bits.view(torch.float32) + 0 * exponent).to(dtype)
+
+
+def _host_scale(log2_t: float, point: int) -> float:
+    """The same as a float."""
+    if math.isnan(log2_t):
+        return math.nan
+    return math.ldexp(1.0, math.ceil(min(max(log2_t, -_LOG2_T_LIMIT), _LOG2_T_LIMIT)) - point)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -105,13 +118,21 @@ class _Formula(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, log2_t: Tensor, qmin: int, qmax: int, point: int, rounding: Rounding, rectify: bool
+        ctx: Any,
+        x: Tensor,
+        log2_t: Tensor,
+        qmin: int,
+        qmax: int,
+        point: int,
+        rounding: Rounding,
+        rectify: bool,
     ) -> Tensor:
         s = _scale(log2_t, point, _compute_dtype(x))
         ctx.save_for_backward(x, s)
         ctx.log2_t = log2_t.shape, log2_t.dtype
         ctx.grid = qmin, qmax, rounding, rectify
-        v = (x.relu() if rectify else x) * s.reciprocal()  # exact: s is a power of two
+        z = x.to(s.dtype)  # a 0-dim s would not promote it
+        v = (z.relu() if rectify else z) * s.reciprocal()  # exact: s is a power of two
         return round_to(v, rounding).clamp(qmin, qmax) * s
 
     @staticmethod
@@ -125,7 +146,8 @@ class _Formula(torch.autograd.Function):
 def _formula_backward(
     g: Tensor, x: Tensor, s: Tensor, qmin: int, qmax: int, rounding: Rounding, rectify: bool
 ) -> tuple[Tensor, Tensor]:
-    z = x.relu() if rectify else x
+    z = x.to(s.dtype)
+    z = z.relu() if rectify else z
     v = z * s.reciprocal()
     r = round_to(v, rounding)
     inside = (r >= qmin) & (r <= qmax)
@@ -135,15 +157,19 @@ def _formula_backward(
     return torch.where(passed, g, 0.0).to(x.dtype), (g * c).sum() * (s * _LN2)
 
 
-def _lean_applies(x: Tensor) -> bool:
-    """Plain eager CPU tensors, dense; anything else takes the formula, which never reads a value on the host."""
+def _eager_cpu(x: Tensor) -> bool:
+    """Plain dense CPU tensors outside tracing; anything else takes a form that never reads a value."""
     return (
         not torch.compiler.is_compiling()
         and type(x) in (Tensor, torch.nn.Parameter)
         and x.device.type == "cpu"
         and _dense_format(x) is not None
-        and not torch.jit.is_tracing()
+        and torch._C._get_tracing_state() is None
     )
+
+
+def _lean_rounds(rounding: Rounding, qmin: int, qmax: int) -> bool:
+    return rounding is Rounding.HALF_EVEN and max(-qmin, qmax) < _LEAN_CODES
 
 
 def _dense_format(x: Tensor) -> torch.memory_format | None:
@@ -158,7 +184,7 @@ def _dense_format(x: Tensor) -> torch.memory_format | None:
 
 def _slices(x: Tensor, size: int) -> tuple[Tensor, ...]:
     """Views of at most ``size`` elements that cover x in memory order."""
-    return x.as_strided((x.numel(),), (1,)).split(size) if x.numel() > size else (x,)
+    return torch.split(x.as_strided((x.numel(),), (1,)), size) if x.numel() > size else (x,)
 
 
 @functools.cache
@@ -179,16 +205,17 @@ def _one(dtype: torch.dtype) -> Tensor:
 class _Lean(torch.autograd.Function):
     """The table times s, so that no pass is spent on v, as vectorized passes over slices that stay in cache.
 
-    The threshold is read on the host: on the CPU that waits for nothing, and scalars make the passes fewer.
+    s is read on the host: on the CPU that waits for nothing, and scalar operands need fewer passes.
+    ``log2_t`` is None where nothing is trained.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, log2_t: Tensor, qmin: int, qmax: int, point: int, rectify: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, log2_t: Tensor | None, s: float, qmin: int, qmax: int, rectify: bool
+    ) -> Tensor:
         dtype = _compute_dtype(x)
-        t = float(log2_t)
-        s = math.ldexp(1.0, math.ceil(min(max(t, -_LOG2_T_LIMIT), _LOG2_T_LIMIT)) - point) if t == t else math.nan
         ctx.save_for_backward(x)
-        ctx.log2_t = log2_t.shape, log2_t.dtype
+        ctx.log2_t = None if log2_t is None else (log2_t.shape, log2_t.dtype)
         ctx.grid = s, qmin, qmax, rectify
         # Adding 1.5 * 2^23 steps leaves no bits below one step: the adder itself rounds, half to even.
         magic = s * _MAGIC[dtype]
@@ -201,7 +228,7 @@ class _Lean(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         s, qmin, qmax, rectify = ctx.grid
@@ -210,56 +237,77 @@ class _Lean(torch.autograd.Function):
         low, high = s * (max(qmin, 0) if rectify else qmin), s * qmax
         first, last = (s * bound for bound in _open_interval(qmin, qmax, dtype))
         first = 0.0 if rectify else first
+        train_threshold = ctx.needs_input_grad[1]
         one = _one(dtype)
-        g = g.contiguous(memory_format=_dense_format(x))
+        g = g.contiguous(memory_format=_dense_format(x) or torch.contiguous_format)
         dx = torch.empty_like(x, dtype=dtype)
         size = _SLICE * torch.get_num_threads()
         xs, gs, dxs = _slices(x, size), _slices(g, size), _slices(dx, size)
         inside, c = torch.empty_like(xs[0], dtype=dtype), torch.empty_like(xs[0], dtype=dtype)
         total = 0.0
         for x_i, g_i, dx_i in zip(xs, gs, dxs, strict=True):
+            x_i = x_i.to(dtype)
+            if not train_threshold:
+                _select(g_i, x_i, first, last, grad_input=dx_i)
+                total += float(x_i.sum())  # only to notice a NaN, which is outside
+                continue
             if x_i.shape != c.shape:
                 inside, c = inside[: x_i.numel()], c[: x_i.numel()]
-            x_i = x_i.to(dtype)
-            if not ctx.needs_input_grad[1]:
-                _select_out(g_i, x_i, first, last, grad_input=dx_i)
-                total += float(x_i.sum())  # only to notice NaN, which is outside
-                continue
-            _select_out(one, x_i, first, last, grad_input=inside)
+            _select(one, x_i, first, last, grad_input=inside)
             torch.mul(g_i, inside, out=dx_i)
             torch.add(x_i, magic, out=c)
             # s * c = y - x inside, y outside; an infinite x times 0 is NaN and shows in the sum.
             c.sub_(magic).clamp_(low, high).addcmul_(x_i, inside, value=-1)
             total += float(c.mul_(g_i).sum())  # not torch.dot: the cascade of sum keeps two more digits
-        if math.isfinite(total):
-            shape, log2_t_dtype = ctx.log2_t
-            dlog2_t = torch.full(shape, total * _LN2, dtype=log2_t_dtype)
-        else:
+        if not math.isfinite(total):
             step = torch.tensor(s, dtype=dtype)
-            dx, dlog2_t = _formula_backward(g, x, step, qmin, qmax, Rounding.HALF_EVEN, rectify)
-            dlog2_t = dlog2_t.to(ctx.log2_t[1]).reshape(ctx.log2_t[0])
-        return dx.to(x.dtype), dlog2_t if ctx.needs_input_grad[1] else None, None, None, None, None
-
-
-class _Static(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, exponent: Tensor, qmin: int, qmax: int, rounding: Rounding) -> Tensor:
-        s = pow2(exponent).to(_compute_dtype(x))
-        r = round_to(x / s, rounding)
-        ctx.save_for_backward((r >= qmin) & (r <= qmax))
-        ctx.dtype = x.dtype
-        return r.clamp(qmin, qmax) * s
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        (inside,) = ctx.saved_tensors
-        return torch.where(inside, g, 0.0).to(ctx.dtype), None, None, None, None
+            dx, exact = _formula_backward(g, x, step, qmin, qmax, Rounding.HALF_EVEN, rectify)
+            total = float(exact) / _LN2
+        dx = dx.to(x.dtype)
+        if not train_threshold:
+            return dx, None, None, None, None, None
+        shape, log2_t_dtype = ctx.log2_t
+        return dx, torch.full(shape, total * _LN2, dtype=log2_t_dtype), None, None, None, None
 
 
 def fake_quantize(
     x: Tensor, exponent: Tensor, *, qmin: int, qmax: int, rounding: Rounding = Rounding.HALF_EVEN
 ) -> Tensor:
-    return _Static.apply(x, exponent, qmin, qmax, rounding)  # type: ignore[no-any-return]
+    """Quantize to a given power-of-two grid: y = clip(round(x / s), qmin, qmax) * s with s = 2^exponent.
+
+    The gradient passes where qmin <= round(x / s) <= qmax and is 0 elsewhere, NaN included.
+
+    Args:
+        x: float tensor of any shape and memory format; half-precision types are computed in float32.
+        exponent: log2 of the step; integers, 0-dim or broadcastable against x (one per channel).
+        qmin, qmax: first and last code.
+        rounding: ties as named; HALF_EVEN with one exponent is the fast one.
+    Returns:
+        y, float32 (float64 for float64 x), shape of x.
+    """
+    if exponent.numel() > 1 or not _eager_cpu(x):
+        s = pow2(exponent, _compute_dtype(x))
+        return _apply(_Static, x, s, qmin, qmax, rounding)
+    step = math.ldexp(1.0, int(exponent.detach()))
+    if _lean_rounds(rounding, qmin, qmax) and 2.0**-_LEAN_EXPONENTS <= step <= 2.0**_LEAN_EXPONENTS:
+        return _apply(_Lean, x, None, step, qmin, qmax, False)
+    s = torch.tensor(step, dtype=_compute_dtype(x))  # what pow2 gives, in one operation
+    return _apply(_Static, x, s, qmin, qmax, rounding)
+
+
+class _Static(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, s: Tensor, qmin: int, qmax: int, rounding: Rounding) -> Tensor:
+        ctx.save_for_backward(x, s)
+        ctx.grid = qmin, qmax, rounding
+        return round_to(x.to(s.dtype) / s, rounding).clamp(qmin, qmax) * s
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, s = ctx.saved_tensors
+        qmin, qmax, rounding = ctx.grid
+        r = round_to(x.to(s.dtype) / s, rounding)
+        return torch.where((r >= qmin) & (r <= qmax), g, 0.0).to(x.dtype), None, None, None, None
 
 
 class _Gate(torch.autograd.Function):
@@ -280,4 +328,4 @@ def gate_backward(x: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
         x: any shape and dtype.
         fn: called once in backward with the gradient; must keep shape and dtype.
     """
-    return _Gate.apply(x, fn)  # type: ignore[no-any-return]
+    return _apply(_Gate, x, fn)

@@ -75,7 +75,6 @@ class RecordedOrder:
     def __init__(self, loader: DataLoader[Any], inner: Any) -> None:
         self.inner = inner
         self.generators = generators_of(loader)
-        self.workers = loader.num_workers
         self.silent = False
         self.replay: dict[str, Any] | None = None
         self.current: EpochOrder | None = None
@@ -83,15 +82,11 @@ class RecordedOrder:
     def __iter__(self) -> Iterator[Any]:
         if self.silent:
             return iter(())
-        # A loader with workers iterates its sampler twice and draws the workers' seed in between: the state
-        # to go back to is the one before the first of the two.
-        before = self.current if self.workers else None
-        iterated = before.iterated if before is not None and before.drawn is None else None
-        if iterated is None:
-            if self.replay is not None:
-                restore_rng(self.replay["iterated"], self.generators)
-            iterated = capture_rng(self.generators)
-        self.current = EpochOrder(self, iterated)
+        # A loader with workers iterates its sampler twice and uses the second pass: the record stays here
+        # until whoever set it takes it away.
+        if self.replay is not None:
+            restore_rng(self.replay["iterated"], self.generators)
+        self.current = EpochOrder(self)
         return self.current
 
     def __len__(self) -> int:
@@ -106,11 +101,11 @@ class RecordedOrder:
 class EpochOrder(Iterator[Any]):
     """One pass over an order. A sampler may draw when it is iterated or at its first batch: both are kept."""
 
-    def __init__(self, order: RecordedOrder, iterated: dict[str, Any]) -> None:
+    def __init__(self, order: RecordedOrder) -> None:
         self.generators = order.generators
         self.replay = order.replay
         self.replayed = True
-        self.iterated = iterated
+        self.iterated = capture_rng(order.generators)
         self.drawn: dict[str, Any] | None = None
         self.checksums = array("L")
         self.batches = iter(order.inner)

@@ -60,16 +60,19 @@ class ResumeState:
         self._patched: list[tuple[Any, str]] = []
         self._loaded: dict[str, Any] | None = None
         self._resume: _Resume | None = None
+        self._in_resumed_epoch = False
         self._said: set[str] = set()
 
     def attach(self, trainer: Any) -> None:
         """Follow the fit loop of ``trainer`` from now on."""
         self._release()
         self._orders = []
+        self._in_resumed_epoch = False
         fit_loop = trainer.fit_loop
         self._patch(trainer, fit_loop, "_load_combined_loader_states", self._loaders_made)
         self._patch(trainer, fit_loop, "reset", self._counters_read)
         self._patch(trainer, fit_loop, "on_advance_start", self._epoch_starts)
+        self._patch(trainer, fit_loop, "on_advance_end", self._epoch_ends)
         self._patch(trainer, fit_loop.epoch_loop, "reset", _without_advice)
 
     def detach(self, trainer: Any) -> None:
@@ -226,7 +229,7 @@ class ResumeState:
         if epoch.processed == epoch.ready:
             # Written at the epoch's end, before its plateau schedulers stepped.
             ended = epoch.completed < epoch.processed and epoch_loop._num_ready_batches_reached()
-            if ended and self._plateau_due(trainer, state):
+            if ended and self._plateaus_can_step(trainer):
                 epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
             # With max_steps Lightning takes a finished epoch for an interrupted one and runs its end again.
             for loop in (fit_loop, epoch_loop, *vars(epoch_loop).values()):
@@ -241,15 +244,6 @@ class ResumeState:
                 resume.end_of_batch_due = True
         self._resume = resume
         original()
-
-    def _plateau_due(self, trainer: Any, state: dict[str, Any]) -> bool:
-        watched = {config.monitor for config in trainer.lr_scheduler_configs if config.reduce_on_plateau}
-        missing = sorted(str(name) for name in watched - state["metrics"].keys())
-        if missing:
-            self._say(
-                trainer, f"the checkpoint lacks {', '.join(missing)}: a plateau scheduler loses a step."
-            )
-        return not missing
 
     def _epoch_starts(self, trainer: Any, original: Callable[[], None]) -> None:
         """Around ``fit_loop.on_advance_start``: the last stop before the first resumed batch."""
@@ -283,13 +277,30 @@ class ResumeState:
             # Sends the first advance() straight to on_advance_end, where a due validation runs in full.
             val_loop._restart_stage = "restarted_mid_evaluation"
             val_loop._restarting = False
-        if resume.batches < trainer.num_training_batches or self._plateau_due(trainer, resume.state):
-            fit_loop._restarting = False  # or no plateau scheduler would step at the end of this epoch
+        self._in_resumed_epoch = True
+
+    def _epoch_ends(self, trainer: Any, original: Callable[[], None]) -> None:
+        if self._in_resumed_epoch:
+            # Lightning steps no plateau scheduler at the end of a resumed epoch, for want of the metrics.
+            trainer.fit_loop._restarting = not self._plateaus_can_step(trainer)
+            self._in_resumed_epoch = False
+        original()
+
+    def _plateaus_can_step(self, trainer: Any) -> bool:
+        watched = {config.monitor for config in trainer.lr_scheduler_configs if config.reduce_on_plateau}
+        missing = sorted(map(str, watched - trainer._logger_connector._callback_metrics.keys()))
+        if missing:
+            self._say(
+                trainer,
+                f"no value of {', '.join(missing)} for the interrupted epoch: a plateau scheduler loses"
+                " a step.",
+            )
+        return not missing
 
     def _redraw(self, trainer: Any, resume: _Resume) -> None:
         fit_loop = trainer.fit_loop
         for order, record in zip(self._orders, resume.own["orders"], strict=True):
-            order.replay, order.current = record, None
+            order.replay = record
         fit_loop._combined_loader.reset()  # ends the workers of the silent iteration
         iter(fit_loop._data_fetcher)
         for (loader, _, _), order in zip(self._wrapped, self._orders, strict=True):

@@ -147,8 +147,7 @@ class ThresholdRule(UpdateRule):
         self.abs_grad = torch.zeros(n)  # of the gradients since the last freeze
         self.count = torch.zeros(2, dtype=torch.int64)  # steps in all, steps since the last freeze
         self.begun: int | None = None  # run's step at which quantization began
-        self.reached: dict[str, bool] = {}
-        self.span: tuple[int, int] | None = None
+        self.when: dict[str, int] = {}
 
     def before_step(self, optimizer: Optimizer, context: StepContext) -> None:
         if self.scheme.mode in ("static", "retrain_th"):  # weights stay: no gradient, no decay, no momentum
@@ -156,8 +155,8 @@ class ThresholdRule(UpdateRule):
                 for parameter in group["params"]:
                     parameter.grad = None
 
-    def milestone(self, what: str, reached: bool) -> None:
-        self.reached[what] = reached
+    def milestone(self, what: str, reached: bool, when: int) -> None:
+        self.when[what] = when
 
     @torch.no_grad()
     def step(self, owned: set[str], context: StepContext) -> None:
@@ -196,9 +195,10 @@ class ThresholdRule(UpdateRule):
 
     def _freeze(self, items: list[tuple[str, ThresholdQuantizer]], frozen: Tensor, step: int) -> None:
         """From ``freeze_ranges`` on, one after the other; all of them by ``ranges_frozen``."""
-        if self.span is None or not self.reached.get("freeze_ranges"):
+        first = self.when.get("freeze_ranges")
+        if first is None or step < first:
             return
-        first, last = self.span
+        last = max(first, self.when.get("ranges_frozen", first))
         due = math.ceil(len(items) * min(1.0, (step + 1 - first) / max(1, last - first)))
         debiased = self.average / (1 - 0.9999 ** int(self.count[0]))
         while int(frozen.sum()) < due:

@@ -25,13 +25,15 @@ DATA = TensorDataset(torch.arange(10))
 
 
 @given(
-    length=st.integers(1, 60), world=st.integers(1, 5), batch=st.integers(1, 7), drop=st.booleans(), epoch=st.integers(0, 3)
+    length=st.integers(1, 60),
+    world=st.integers(1, 5),
+    batch=st.integers(1, 7),
+    drop=st.booleans(),
+    epoch=st.integers(0, 3),
 )
 def test_ranks_share_the_epoch(length: int, world: int, batch: int, drop: bool, epoch: int) -> None:
     ranks = [
-        OrderedSampler(
-            length, shuffle=True, seed=3, rank=rank, world=world, batch_size=batch, drop_last=drop
-        )
+        OrderedSampler(length, shuffle=True, seed=3, rank=rank, world=world, batch_size=batch, drop_last=drop)
         for rank in range(world)
     ]
     counted: list[int] = []
@@ -44,7 +46,9 @@ def test_ranks_share_the_epoch(length: int, world: int, batch: int, drop: bool, 
         batches = list(BatchSampler(sampler, batch, drop))
         steps.add(len(batches))
         if sampler.padded:
-            assert len(batches[-1]) == 1, "the repeated sample must stand alone, so that its batch can weigh zero"
+            assert len(batches[-1]) == 1, (
+                "the repeated sample must stand alone, so that its batch can weigh zero"
+            )
     assert len(steps) == 1, "ranks would wait for each other's collectives"
     assert len(set(counted)) == len(counted)
     assert len(counted) == (length - length % world if drop else length)
@@ -148,7 +152,10 @@ class EveryOther(BatchSampler):
         (DataLoader(Stream()), "Stream is an iterable dataset"),
         (DataLoader(DATA, sampler=SubsetRandomSampler([1, 2])), "SubsetRandomSampler"),
         (DataLoader(DATA, sampler=WeightedRandomSampler([1.0] * 10, 10)), "WeightedRandomSampler"),
-        (DataLoader(DATA, sampler=RandomSampler(DATA, replacement=True)), "RandomSampler that does not visit"),
+        (
+            DataLoader(DATA, sampler=RandomSampler(DATA, replacement=True)),
+            "RandomSampler that does not visit",
+        ),
         (DataLoader(DATA, batch_sampler=EveryOther(SequentialSampler(DATA), 2, False)), "EveryOther"),
     ],
 )

@@ -28,7 +28,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class VectorFile:
-    """One .npz: its keys by regular expression (the first that matches decides) and what computes its outputs."""
+    """One .npz: its keys by regular expression (the first match decides) and what computes its outputs."""
 
     keys: Mapping[str, Kind]
     check: Callable[[Comparison], None]

@@ -1,0 +1,1 @@
+"""Public faces for a Trainer's callback list; they hold settings and scheduling, no arithmetic."""

@@ -1,0 +1,42 @@
+"""QuantCallback: the one callback that turns a LightningModule into a low-bit network."""
+
+from __future__ import annotations
+
+from lightning_lowbit.modules.base import Scheme
+from lightning_lowbit.plugins.lifecycle import Lifecycle
+
+__all__ = ["QuantCallback"]
+
+
+class QuantCallback(Lifecycle):
+    """Turn any LightningModule into a low-bit network when a Trainer takes it, and train it.
+
+    After a fit, ``metrics`` holds the module's own validation metrics as {"float": ..., "calibrated": ...,
+    "trained": ...}.
+
+    Args:
+        scheme: "tqt" and the other names that ``lightning-lowbit schemes`` lists, or a Scheme instance with options.
+        skip: module-path globs (or, from Python, layer classes) that stay float; also accepts a named refusal.
+        include: if given, only these are converted.
+        init_from: float checkpoint (a state dict or a file around one) to start from.
+        calibrate_batches: train batches on which grids are set before the first low-bit step.
+        start: when quantization begins: a float in (0, 1) is a fraction of the run, an int an epoch, "500 steps"
+            a step, 0 at once. None lets the scheme decide (at once with init_from or a restored checkpoint).
+        compile: run torch.compile on the converted parts.
+        evaluate: validate once in float and once calibrated before the first low-bit step.
+        resume_order: draw the sample order as a function of seed and epoch alone; None lets the scheme decide.
+    """
+
+    def __init__(
+        self,
+        scheme: Scheme | str = "tqt",
+        skip: list[str] | tuple[str | type, ...] = (),
+        include: list[str] | None = None,
+        init_from: str | None = None,
+        calibrate_batches: int = 8,
+        start: float | int | str | None = None,
+        compile: bool = False,
+        evaluate: bool = True,
+        resume_order: bool | None = None,
+    ) -> None:
+        super().__init__(scheme, skip, include, init_from, calibrate_batches, start, compile, evaluate, resume_order)

@@ -1,0 +1,61 @@
+"""Moments of a run as steps: fractions, epochs and "N steps", resolved once and then compared with a counter."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lightning_lowbit.errors import ConfigError
+from lightning_lowbit.modules.base import Moment
+
+__all__ = ["ENDLESS", "RunLength", "check_moment", "resolve"]
+
+ENDLESS = 10_000
+"""Steps that fractions refer to where the run has no known length (max_epochs=-1, iterable data)."""
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """Optimizer steps of a run: in all (None if endless) and per epoch (None if unknown)."""
+
+    total: int | None
+    per_epoch: int | None
+
+    @property
+    def reference(self) -> int:
+        return ENDLESS if self.total is None else self.total
+
+
+def check_moment(name: str, moment: Moment | None) -> None:
+    """Refuse what is no moment: a float in (0, 1), an int >= 0, or "N steps"."""
+    if moment is None or (isinstance(moment, int) and not isinstance(moment, bool) and moment >= 0):
+        return
+    if isinstance(moment, float) and (0 <= moment < 1):
+        return
+    if isinstance(moment, str) and moment.removesuffix("steps").removesuffix("step").strip().isdigit():
+        return
+    raise ConfigError(
+        f"{name}={moment!r}: expected a fraction of the run in (0, 1), an epoch as int, steps as '500 steps', or 0 for at once."
+    )
+
+
+def resolve(moment: Moment, run: RunLength, begin: int = 0) -> int:
+    """Step at which ``moment`` is reached.
+
+    Args:
+        moment: fraction, epoch, "N steps".
+        run: its length.
+        begin: fractions count from this step to the end of the run.
+
+    >>> run = RunLength(total=400, per_epoch=100)
+    >>> [resolve(m, run) for m in (0, 0.5, 2, "30 steps")], resolve(0.5, run, begin=200)
+    ([0, 200, 200, 30], 300)
+    """
+    check_moment("moment", moment)
+    if isinstance(moment, str):
+        return int(moment.removesuffix("steps").removesuffix("step"))
+    if isinstance(moment, float):
+        return begin + math.floor(moment * (run.reference - begin))
+    if moment and run.per_epoch is None:
+        raise ConfigError(f"epoch {moment}: the loader has no length, so epochs have no steps. Give '500 steps' instead.")
+    return moment * (run.per_epoch or 0)

@@ -1,0 +1,149 @@
+"""The optimizer step: the scheme's update rule beside the user's optimizer, whatever precision plugin is in use."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from lightning.pytorch.plugins.precision import Precision
+from torch import Tensor, nn
+
+from lightning_lowbit.modules.base import StepContext, UpdateRule, low_bit_modules, switch_of
+from lightning_lowbit.modules.layers import LowBitLayer
+
+__all__ = ["LowBitPrecision", "low_bit", "lowbit_step", "owned_modules", "rule_of"]
+
+_RULES: WeakKeyDictionary[nn.Module, UpdateRule | None] = WeakKeyDictionary()
+_STEPS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+
+def rule_of(model: nn.Module, renew: bool = False) -> UpdateRule | None:
+    """The update rule of a converted network, made when it is first asked for (or anew)."""
+    if renew or model not in _RULES:
+        modules: dict[str, nn.Module] = dict(low_bit_modules(model))
+        scheme = next(iter(modules.values())).scheme if modules else None  # type: ignore[union-attr]  # LowBitModules
+        _RULES[model] = scheme.update_rule(modules) if scheme is not None else None  # type: ignore[union-attr]
+    return _RULES[model]
+
+
+def owned_modules(model: nn.Module, optimizer: torch.optim.Optimizer) -> set[str]:
+    """Paths of the low-bit modules that step with ``optimizer``: layers whose weight it holds, and the norms and
+    operations that stand nearest to such a layer (the longest common path)."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    paths = [path for path, _ in low_bit_modules(model)]
+    layers = {path: id(m.weight) in held for path, m in low_bit_modules(model) if isinstance(m, LowBitLayer)}
+    if all(layers.values()):
+        return set(paths)
+
+    def common(a: str, b: str) -> int:
+        parts = zip(a.split("."), b.split("."), strict=False)
+        return next((n for n, (x, y) in enumerate(parts) if x != y), min(a.count("."), b.count(".")) + 1)
+
+    return {p for p in paths if layers.get(p, layers[max(layers, key=lambda q: common(p, q))])}
+
+
+def lowbit_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, closure: Callable[[], Any] | None = None,
+    context: StepContext | None = None, step: Callable[..., Any] | None = None,
+) -> Any:  # fmt: skip
+    """One optimizer step of a converted network: backward, the user's optimizer, the scheme's update rule.
+
+    Args:
+        model: a converted module.
+        optimizer: the user's; thresholds and integer weights are not its business.
+        closure: computes the loss and its gradients; None if they are there already.
+        context: step counter and reductions; None counts the calls and stays in this process.
+        step: how the optimizer steps, default ``optimizer.step``.
+    Returns:
+        what the optimizer's step returns.
+    """
+    switch = switch_of(model)
+    switch.managed = True
+    rule = rule_of(model)
+    if context is None:
+        context = StepContext(_STEPS.get(model, 0), None, _same, _same)
+        _STEPS[model] = context.step + 1
+
+    def after_backward() -> Any:
+        result = closure() if closure is not None else None
+        if rule is not None and switch.started:
+            rule.before_step(optimizer, context)
+        return result
+
+    result = (step or optimizer.step)(after_backward)
+    if rule is not None and switch.started:
+        rule.step(owned_modules(model, optimizer), context)
+    return result
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+class LowBitPrecision(Precision):
+    """Explicit form for ``Trainer(plugins=[LowBitPrecision()])``; QuantCallback puts one in place by itself.
+
+    It keeps full precision outside low-bit layers, as Lightning's default plugin does.
+    """
+
+    precision = "32-true"
+
+
+def low_bit(base: Any, model: nn.Module, context: Callable[[], StepContext]) -> Any:
+    """``base`` (a precision plugin of either Lightning namespace) with the update rule in its optimizer step.
+
+    The class is made from the plugin's own, so that Lightning's checks by class and its clipping still hold, and
+    keeps its qualified name, under which checkpoints store the plugin's state.
+    """
+    cls = _class_for(type(base))
+    plugin = object.__new__(cls)
+    plugin.__dict__.update(base.__dict__)
+    plugin.__dict__["lowbit_model"], plugin.__dict__["lowbit_context"] = model, context
+    return plugin
+
+
+@functools.cache
+def _class_for(base: type) -> type:
+    def optimizer_step(self: Any, optimizer: Any, model: Any, closure: Any, **kwargs: Any) -> Any:
+        scaler = getattr(self, "scaler", None)
+        context: StepContext = self.lowbit_context()
+        if scaler is not None and scaler.is_enabled():
+            context = StepContext(context.step, context.total_steps, context.reduce_sum, context.reduce_mean, scaler.get_scale())
+
+        def step(after_backward: Callable[[], Any]) -> Any:
+            return super(cls, self).optimizer_step(optimizer, model=model, closure=after_backward, **kwargs)  # type: ignore[misc]
+
+        return lowbit_step(self.lowbit_model, optimizer, closure, context, step)
+
+    def evaluation_context(name: str) -> Any:
+        @contextmanager
+        def context(self: Any) -> Iterator[None]:
+            """Evaluation leaves autocast, so that its numbers do not depend on the training precision."""
+            device = next((p.device.type for p in self.lowbit_model.parameters()), "cpu")
+            with getattr(super(cls, self), name)(), torch.autocast(device, enabled=False):  # type: ignore[misc]
+                yield
+
+        return context
+
+    def reduce(self: Any) -> Any:
+        plain = object.__new__(base)
+        state = {k: v for k, v in self.__dict__.items() if not k.startswith("lowbit_")}
+        plain.__dict__.update(state)
+        return _restore, (plain,)
+
+    members = {
+        "optimizer_step": optimizer_step, "__reduce__": reduce, "__qualname__": base.__qualname__,
+        "__module__": base.__module__,
+    }  # fmt: skip
+    members.update({name: evaluation_context(name) for name in ("val_step_context", "test_step_context", "predict_step_context")})
+    cls = type(base.__name__, (base,), members)
+    return cls
+
+
+def _restore(plain: Any) -> Any:
+    """A pickled plugin comes back as the one that was there before; the next fit puts ours in its place."""
+    return plain

@@ -1,0 +1,1 @@
+"""What a person reads: tables of sites and grids, and what they cost."""
