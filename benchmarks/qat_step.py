@@ -2,16 +2,15 @@
 
     python benchmarks/qat_step.py [--nets resnet20 mlp] [--rounds 15] [--no-compile] [--json FILE]
 
-Float is the same network with its batch norm, in the same memory format. ``frozen`` folds batch norm with moving
-statistics, ``batch`` with those of the batch, which takes a second convolution. Compiled rows are divided by the
-float step as it stands and, in the last column, by the compiled float step. Brevitas and torch.ao appear when
-they can be imported.
+Float is the same network with its batch norm, in the same memory format. ``frozen`` folds batch norm with
+moving statistics, ``batch`` with those of the batch, which takes a second convolution. Compiled rows are
+divided by the float step as it stands and, in the last column, by the compiled float step. Brevitas and
+torch.ao appear when they can be imported.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import platform
 import warnings
@@ -20,10 +19,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from timing import alternate, kept_bytes  # first: it sets one thread before torch starts
-
 import torch
 import torch.nn.functional as F
+from timing import alternate, kept_bytes
 from torch import Tensor, nn
 
 from lightning_lowbit import Tqt, convert, lowbit_step
@@ -49,7 +47,7 @@ class Parts:
 
 
 class Block(nn.Module):
-    """Basic block of He et al. (2016) with the parameter-free shortcut A: subsample, pad with zero channels."""
+    """Basic block of He et al. (2016), shortcut A: subsample, pad with zero channels, no parameters."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, parts: Parts) -> None:
         super().__init__()
@@ -89,9 +87,8 @@ class ResNet20(nn.Module):
 
 
 def mlp(parts: Parts) -> nn.Module:
-    return nn.Sequential(
-        parts.operand(), parts.linear(784, 2048), parts.relu(), parts.linear(2048, 2048), parts.relu(), parts.linear(2048, 10)
-    )  # fmt: skip
+    hidden = (parts.linear(784, 2048), parts.relu(), parts.linear(2048, 2048), parts.relu())
+    return nn.Sequential(parts.operand(), *hidden, parts.linear(2048, 10))
 
 
 NETS: dict[str, tuple[Callable[[Parts], nn.Module], tuple[int, ...]]] = {
@@ -166,7 +163,7 @@ def ao_net(name: str) -> nn.Module:
 def training_step(
     name: str, net: nn.Module, forward: nn.Module, lowbit: bool
 ) -> tuple[Step, Callable[[], Tensor]]:
-    """One optimizer step (thresholds by the scheme's own rule), and the loss alone. ``forward`` may be compiled."""
+    """One optimizer step (thresholds by the scheme's own rule), and the loss alone; ``forward``: net or compiled."""
     x, target = batch(name)
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
 
@@ -202,9 +199,7 @@ def measure(name: str, rounds: int, compiled: bool) -> dict[str, dict[str, Any]]
             continue
         try:
             net = make()
-            step, loss = training_step(
-                name, net, torch.compile(copy.copy(net)) if compile_it else net, lowbit
-            )
+            step, loss = training_step(name, net, torch.compile(net) if compile_it else net, lowbit)
             step()
         except ImportError as error:
             print(f"{name}: without {label} ({error})")

@@ -1,20 +1,17 @@
 """Ratios of training steps on cores that others use too: one thread, its own CPU time, steps in turn.
 
-An absolute time means little on a shared machine, and four threads under load wait for each other. The CPU time
-of a single thread is steady; drift (caches, clock) hits all steps of a round alike, so the ratio is taken
+An absolute time means little on a shared machine, and four threads under load wait for each other. The CPU
+time of a single thread is steady; drift (caches, clock) hits all steps of a round alike, so the ratio is taken
 within each round and the median over the rounds is reported.
 """
 
 from __future__ import annotations
 
 import gc
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +21,7 @@ __all__ = ["Timing", "alternate", "kept_bytes"]
 
 @dataclass(frozen=True)
 class Timing:
-    """CPU time of a step: median and least in milliseconds, and the median ratio to the first step of its rounds."""
+    """CPU time of a step: median and least in milliseconds, and the median ratio to its rounds' first step."""
 
     median_ms: float
     min_ms: float
@@ -56,8 +53,8 @@ def alternate(steps: dict[str, Callable[[], object]], rounds: int = 15, warmup: 
 def kept_bytes(module: nn.Module, loss: Callable[[], Tensor]) -> int:
     """Bytes that live from forward to backward, parameters and buffers of ``module`` aside.
 
-    Counts what autograd keeps (through its hooks: most of it has no Python object) and every tensor that Python
-    still holds after the forward (what a Function put on its context instead), each storage once.
+    Counts what autograd keeps (through its hooks: most of it has no Python object) and every tensor that
+    Python still holds after the forward (what a Function put on its context instead), each storage once.
     """
     own = {_storage(t)[0] for t in (*module.parameters(), *module.buffers())}
     before = {_storage(t)[0] for t in _live()}

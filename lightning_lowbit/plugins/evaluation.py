@@ -39,7 +39,7 @@ def validate_within_fit(trainer: Any) -> dict[str, float]:
             if loop.skip:
                 return {}
             loop.run()
-        return validation_metrics(trainer)
+        return {key: float(value) for key, value in trainer.callback_metrics.items()}
     finally:
         trainer.sanity_checking = False
         trainer.state.stage, trainer.num_sanity_val_steps = stage, sanity_steps
