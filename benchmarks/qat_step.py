@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from lightning_lowbit import Tqt, convert, lowbit_step
 from lightning_lowbit.modules.base import low_bit_modules
+from lightning_lowbit.plugins.compiling import compile_in_place
 
 Step = Callable[[], object]
 
@@ -160,15 +161,13 @@ def ao_net(name: str) -> nn.Module:
     return net  # type: ignore[no-any-return]
 
 
-def training_step(
-    name: str, net: nn.Module, forward: nn.Module, lowbit: bool
-) -> tuple[Step, Callable[[], Tensor]]:
-    """One optimizer step (thresholds by the scheme's own rule), and the loss alone; ``forward``: net or compiled."""
+def training_step(name: str, net: nn.Module, lowbit: bool) -> tuple[Step, Callable[[], Tensor]]:
+    """One optimizer step (thresholds by the scheme's own rule), and the loss alone."""
     x, target = batch(name)
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
 
     def loss() -> Tensor:
-        return F.cross_entropy(forward(x), target)
+        return F.cross_entropy(net(x), target)
 
     def closure() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
@@ -199,7 +198,11 @@ def measure(name: str, rounds: int, compiled: bool) -> dict[str, dict[str, Any]]
             continue
         try:
             net = make()
-            step, loss = training_step(name, net, torch.compile(net) if compile_it else net, lowbit)
+            if compile_it and lowbit:
+                compile_in_place(nn.Sequential(net))  # what compile=True does to the net of a LightningModule
+            elif compile_it:
+                net.compile()
+            step, loss = training_step(name, net, lowbit)
             step()
         except ImportError as error:
             print(f"{name}: without {label} ({error})")

@@ -1,8 +1,8 @@
 """Ratios of training steps on cores that others use too: one thread, its own CPU time, steps in turn.
 
 An absolute time means little on a shared machine, and four threads under load wait for each other. The CPU
-time of a single thread is steady; drift (caches, clock) hits all steps of a round alike, so the ratio is taken
-within each round and the median over the rounds is reported.
+time of a single thread is steady; drift (caches, clock) hits all steps of a round alike, so ratios are taken
+within each round and their median is reported.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ __all__ = ["Timing", "alternate", "kept_bytes"]
 
 @dataclass(frozen=True)
 class Timing:
-    """CPU time of a step: median and least in milliseconds, and the median ratio to its rounds' first step."""
+    """CPU time of a step in milliseconds, and the median of its ratio to the first step of the same round."""
 
     median_ms: float
     min_ms: float
@@ -56,34 +56,31 @@ def kept_bytes(module: nn.Module, loss: Callable[[], Tensor]) -> int:
     Counts what autograd keeps (through its hooks: most of it has no Python object) and every tensor that
     Python still holds after the forward (what a Function put on its context instead), each storage once.
     """
-    own = {_storage(t)[0] for t in (*module.parameters(), *module.buffers())}
-    before = {_storage(t)[0] for t in _live()}
+    own = dict(_storages([*module.parameters(), *module.buffers()]))
+    before = dict(_storages(_live()))
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        kept.update([_storage(tensor)])
+        kept.update(_storages([tensor]))
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         value = loss()
-    new = dict(_storage(t) for t in _live())
-    kept.update((pointer, size) for pointer, size in new.items() if pointer not in before)
+    kept.update((pointer, size) for pointer, size in _storages(_live()) if pointer not in before)
     value.backward()
     module.zero_grad(set_to_none=True)
     return sum(size for pointer, size in kept.items() if pointer not in own)
 
 
-def _live() -> Iterator[Tensor]:
+def _live() -> list[Tensor]:
     gc.collect()
-    for found in gc.get_objects():
-        if (
-            type(found) in (Tensor, nn.Parameter)
-            and found.device.type == "cpu"
-            and found.layout == torch.strided
-        ):
-            yield found
+    return [found for found in gc.get_objects() if type(found) in (Tensor, nn.Parameter)]
 
 
-def _storage(tensor: Tensor) -> tuple[int, int]:
-    storage = tensor.untyped_storage()
-    return storage.data_ptr(), storage.nbytes()
+def _storages(tensors: Iterable[Tensor]) -> Iterator[tuple[int, int]]:
+    for tensor in tensors:
+        try:
+            storage = tensor.untyped_storage()
+            yield storage.data_ptr(), storage.nbytes()
+        except (RuntimeError, NotImplementedError):
+            continue  # left behind by the compiler, or sparse: it has no memory of its own

@@ -64,7 +64,7 @@ def run(
     callbacks: list[Callback] = [timer]
     quant = None
     if options is not None:
-        quant = QuantCallback(scheme=Tqt(**options), init_from=args.checkpoint, calibrate_batches=10)
+        quant = QuantCallback(scheme=Tqt(**options), init_from=str(args.checkpoint), calibrate_batches=10)
         callbacks.append(quant)
     trainer = Trainer(
         max_epochs=args.epochs,

@@ -78,7 +78,6 @@ class LitResNet(LightningModule):
         self.net = ResNet(blocks)
         self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
         self.val_acc = MulticlassAccuracy(10, average="micro")
-        self.example_input_array = torch.zeros(2, 3, 32, 32)
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.net(x)

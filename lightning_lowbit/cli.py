@@ -108,7 +108,8 @@ class LowBitCLI(LightningCLI):
             )
         if config.quant.scheme != FLOAT:
             # First, so that callbacks that copy or prune the network meet the converted one.
-            callbacks.insert(0, QuantCallback(**config.quant.as_dict()))
+            options = {**config.quant.as_dict(), "scheme": _name_if_default(config.quant.scheme)}
+            callbacks.insert(0, QuantCallback(**options))
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
 
@@ -170,6 +171,21 @@ def _default(field: dataclasses.Field[Any]) -> str:
     if field.default_factory is not dataclasses.MISSING:
         return repr(field.default_factory())
     return "(required)" if field.default is dataclasses.MISSING else repr(field.default)
+
+
+def _name_if_default(scheme: Any) -> Any:
+    """The name of a scheme whose options all have their defaults, else ``scheme`` itself.
+
+    A callback with a bare name takes the options from the checkpoint that it continues; written in full, as
+    the parser hands them over, the defaults would contradict a checkpoint with other ones.
+    """
+    for name, cls in registry().items():
+        fields = dataclasses.fields(cast("Any", cls))
+        if type(scheme) is cls and all(
+            repr(getattr(scheme, field.name)) == _default(field) for field in fields
+        ):
+            return name
+    return scheme
 
 
 def _import_path(cls: type[Scheme]) -> str:

@@ -218,6 +218,24 @@ def last_accuracy(folder: Path) -> str:
         return [row["val_acc"] for row in csv.DictReader(lines) if row["val_acc"]][-1]
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning:lightning.pytorch.callbacks")
+def test_a_bare_name_takes_the_options_of_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    common = ["--config", str(CONFIGS / "digits_tqt.yaml"), "--trainer.enable_progress_bar", "false"]
+    cli.main(["fit", *common, "--quant.scheme.bits", "4", "--trainer.max_epochs", "3"])
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    cli.main(["validate", *common, "--ckpt_path", str(checkpoint)])
+    runs = tmp_path / "runs" / "digits_tqt"
+    assert last_accuracy(runs / "version_1") == last_accuracy(runs / "version_0")
+    # Options of one's own are held against the checkpoint's.
+    message = complaint(
+        capsys, "validate", *common, "--quant.scheme.act_bits", "6", "--ckpt_path", str(checkpoint)
+    )
+    assert "ckpt_path: trained with" in message
+
+
 # Each run has a version folder of its own, so the checkpoint lies in another than the one in use.
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning:lightning.pytorch.callbacks")
 @pytest.mark.parametrize("name", ["digits_tqt", "digits_float"])

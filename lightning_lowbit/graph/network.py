@@ -11,10 +11,11 @@ import torch
 import torch.fx
 from torch import nn
 
-from lightning_lowbit.graph.ops import Kind, classify, is_leaf
+from lightning_lowbit.graph.ops import Kind, classify, in_place, is_leaf
 from lightning_lowbit.graph.trace import (
     CallKey,
     Untraceable,
+    bound_arguments,
     call_keys,
     constants,
     has_forward,
@@ -41,6 +42,7 @@ class Call:
     readers: list[Call] = field(default_factory=list)
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+    overwrites: bool = False  # works in place on a tensor that is read again later
 
     @property
     def name(self) -> str:
@@ -59,6 +61,8 @@ class Flow:
     untraced: list[Untraceable] = field(default_factory=list)
     containers: list[str] = field(default_factory=list)  # traced, in the order of their first call
     seen: set[str] = field(default_factory=set)  # paths of every module that a traced forward reached
+    heads: list[Call] = field(default_factory=list)  # entries of the network itself, as opposed to parts of it
+    planned: dict[str, set[tuple[CallKey, ...]]] = field(default_factory=dict)  # container -> calls, per variant
 
 
 def follow(root: nn.Module) -> Flow:
@@ -79,6 +83,7 @@ class _Walker:
         self.root, self.flow = root, flow
         self.graphs: dict[tuple[str, str], torch.fx.Graph | Untraceable] = {}
         self.paths = {id(module): path for path, module in root.named_modules()}
+        self.overwritten: dict[int, Call] = {}  # id of a call -> the call that has changed its result in place
 
     def enter(self, module: nn.Module, path: str) -> None:
         """Start at a module whose inputs come from outside."""
@@ -86,16 +91,23 @@ class _Walker:
             entry = self._entry(path)
             result: Any = self._call(module, None, path, ("", 0), "", [entry], (), {})
         else:
-            graph = self._graph(module, path, constants(module, *_defaults_only(module)))
+            fixed = constants(module, *_defaults_only(module))
+            graph = self._graph(module, path, fixed)
             if isinstance(graph, Untraceable):
                 return
-            arguments = {node: self._entry(path) for node in graph.nodes if node.op == "placeholder"}
+            arguments = {
+                node: None if _parameter(node) in fixed else self._entry(path)
+                for node in graph.nodes
+                if node.op == "placeholder"
+            }
             result = self._inline(graph, module, path, arguments)
-        self.flow.exits.extend(_calls(result))
+        self.flow.exits.extend(self._calls(result))
 
     def _entry(self, path: str) -> Call:
         entry = Call(Kind.FLOAT, "input", path, ("input", len(self.flow.entries)), "")
         self.flow.entries.append(entry)
+        if not path:
+            self.flow.heads.append(entry)
         return entry
 
     def _graph(self, module: nn.Module, path: str, fixed: dict[str, Any]) -> torch.fx.Graph | Untraceable:
@@ -110,8 +122,10 @@ class _Walker:
             self.graphs[variant] = graph
             if isinstance(graph, Untraceable):
                 self.flow.untraced.append(graph)
-            elif path not in self.flow.containers:
-                self.flow.containers.append(path)
+            else:
+                self.flow.planned.setdefault(path, set()).add(tuple(call_keys(graph).values()))
+                if path not in self.flow.containers:
+                    self.flow.containers.append(path)
         return self.graphs[variant]
 
     def _inline(self, graph: torch.fx.Graph, module: nn.Module, path: str, arguments: dict[torch.fx.Node, Any]) -> Any:
@@ -133,19 +147,19 @@ class _Walker:
             elif node.op == "call_function" and _is_pick(node.target, args):
                 values[node] = args[0][args[1]]
             else:
-                values[node] = self._call(node.target, node, path, keys[node], None, _calls((args, kwargs)), node.args, node.kwargs)
+                inputs = self._calls((args, kwargs))
+                values[node] = self._call(node.target, node, path, keys[node], None, inputs, node.args, node.kwargs)
         return None
 
     def _module(self, child: nn.Module, node: torch.fx.Node, owner: str, key: CallKey, args: Any, kwargs: Any) -> Any:
         path = self.paths[id(child)]
         if is_leaf(child):
-            return self._call(child, node, owner, key, path, _calls((args, kwargs)), node.args, node.kwargs)
+            return self._call(child, node, owner, key, path, self._calls((args, kwargs)), node.args, node.kwargs)
         graph = self._graph(child, path, constants(child, tuple(args), dict(kwargs)))
         if isinstance(graph, Untraceable):  # opaque: its tensors are float to everyone outside
-            return self._call("untraced", node, owner, key, path, _calls((args, kwargs)), (), {})
-        placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-        bound: dict[torch.fx.Node, Any] = dict(zip(placeholders, args, strict=False))
-        bound.update({n: kwargs[n.target] for n in placeholders if n.target in kwargs})
+            return self._call("untraced", node, owner, key, path, self._calls((args, kwargs)), (), {})
+        given = bound_arguments(child, tuple(args), dict(kwargs)) or {}
+        bound = {n: given.get(_parameter(n)) for n in graph.nodes if n.op == "placeholder"}
         return self._inline(graph, child, path, bound)
 
     def _call(
@@ -156,6 +170,8 @@ class _Walker:
             path = self.paths[id(target)]
             self.flow.seen.update(path if not name else f"{path}.{name}" for name, _ in target.named_modules())
         kind = classify(target, args, kwargs) if target != "untraced" else Kind.FLOAT
+        if kind is Kind.ADD and len(inputs) == 1 and 0 in args:  # sum([a, b]) begins with 0 + a
+            kind = Kind.KEEP
         if kind in _FIRST_INPUT_ONLY:
             inputs = inputs[:1]
         if kind is Kind.META or (kind is Kind.KEEP and not inputs):  # a size, or an item of one
@@ -166,7 +182,19 @@ class _Walker:
         for source in inputs:
             source.readers.append(call)
         self.flow.calls.append(call)
+        if inputs and in_place(target, kwargs):
+            self.overwritten[id(inputs[0])] = call
         return call
+
+    def _calls(self, structure: Any) -> list[Call]:
+        """All tensors in a structure, each as what it holds now: a call in place has put its result there."""
+        found = []
+        for call in _iterate(structure):
+            while id(call) in self.overwritten:
+                call = self.overwritten[id(call)]
+                call.overwrites = True
+            found.append(call)
+        return found
 
 
 def _differ(evaluation: torch.fx.Graph, training: torch.fx.Graph) -> bool:
@@ -180,15 +208,17 @@ def _defaults_only(module: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return tuple(torch.empty(0) for _ in required), {}
 
 
+def _parameter(placeholder: torch.fx.Node) -> str:
+    """The user's name of a parameter: torch.fx numbers the fixed ones (``flag_1``) and stars the collecting ones."""
+    target = str(placeholder.target)
+    return str(placeholder.meta.get("parameter", target.lstrip("*")))
+
+
 def _is_pick(target: Any, args: Any) -> bool:
     """``outputs[1]`` of a container that returned a tuple or a dict."""
     return getattr(target, "__name__", "") == "getitem" and isinstance(args[0], (tuple, list, dict)) and not isinstance(
         args[1], (Call, slice)
     )  # fmt: skip
-
-
-def _calls(structure: Any) -> list[Call]:
-    return list(_iterate(structure))
 
 
 def _iterate(structure: Any) -> Iterator[Call]:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import operator
+import random
 import re
 import traceback
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.fx
 from torch import nn
 
-__all__ = ["CallKey", "Untraceable", "call_keys", "constants", "has_forward", "location", "trace_container"]
+__all__ = ["CallKey", "Untraceable", "bound_arguments", "call_keys", "constants", "has_forward", "location", "trace_container"]
 
 CallKey = tuple[str, int]
 """A call inside one container's forward: (what is called, occurrence of it)."""
@@ -44,24 +49,35 @@ class _OwnForward(torch.fx.Tracer):
 def has_forward(module: nn.Module) -> bool:
     """Whether the module's class says what calling it does (a bare LightningModule or ModuleList does not)."""
     forward = type(module).forward
-    return forward.__qualname__.split(".")[0] not in ("Module", "LightningModule", "ModuleList", "ModuleDict")
+    return forward is not nn.Module.forward and forward.__qualname__ != "LightningModule.forward"
+
+
+def bound_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """All arguments of a call of ``module`` by parameter name, defaults included; None if they do not fit."""
+    signature = inspect.signature(type(module).forward)
+    try:
+        bound = signature.bind(module, *args, **kwargs)
+    except TypeError:
+        return None
+    bound.apply_defaults()
+    return dict(list(bound.arguments.items())[1:])
 
 
 def constants(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a call that steer control flow: flags, names and None, defaults included.
+    """Arguments of a call that steer control flow: flags, names and None, and numbers left at their defaults.
 
     A trace is made for their values, since a proxy in their place would take a branch of its own
     (``mask is not None`` holds for every proxy).
     """
-    signature = inspect.signature(type(module).forward)
-    if all(p.default is p.empty for p in signature.parameters.values()) and not kwargs:
+    parameters = inspect.signature(type(module).forward).parameters
+    if all(p.default is p.empty for p in parameters.values()) and not kwargs:
         return {}
-    try:
-        bound = signature.bind(module, *args, **kwargs)
-    except TypeError:
-        return {}
-    bound.apply_defaults()
-    return {k: v for k, v in bound.arguments.items() if v is None or isinstance(v, (bool, str))}
+    fixed = {}
+    for name, value in (bound_arguments(module, args, kwargs) or {}).items():
+        left_alone = value is parameters[name].default and isinstance(value, (int, float))
+        if value is None or isinstance(value, (bool, str)) or left_alone:
+            fixed[name] = value
+    return fixed
 
 
 def trace_container(
@@ -69,26 +85,87 @@ def trace_container(
 ) -> torch.fx.Graph | Untraceable:
     """Follow ``module``'s own forward in the given mode, without data and without leaving a mark on it.
 
+    A forward whose effect is more than its result is not followed: a recording would lose what it keeps on the
+    module or logs, and would repeat for ever the random number or the tensor that it made while we looked.
+
     Args:
         fixed: values of arguments that steer control flow (``constants``); the others become proxies.
     """
-    attributes, was_training = dict(module.__dict__), module.training
-    buffers = dict(module._buffers)
-    module.__dict__.pop("forward", None)  # a forward installed by an earlier conversion
-    module.training = training
-    try:
-        graph = _OwnForward().trace(module, concrete_args=fixed or None)
-    except Exception as error:  # whatever user code raises when handed proxies
-        return Untraceable(path, _last_user_frame(error, module), " ".join(str(error).split())[:160] or type(error).__name__)
-    finally:
-        module.__dict__.clear()
-        module.__dict__.update(attributes)
-        module._buffers.update(buffers)
-        module.training = was_training
+    with _untouched(module, training) as effects:
+        try:
+            graph = _OwnForward().trace(module, concrete_args=fixed or None)
+        except Exception as error:  # whatever user code raises when handed proxies
+            reason = " ".join(str(error).split())[:160] or type(error).__name__
+            return Untraceable(path, _last_user_frame(error, module), reason)
+    made = [str(n.target) for n in graph.nodes if n.op == "get_attr" and "_tensor_constant" in str(n.target)]
+    if made:
+        effects.append("it makes a tensor without its inputs (torch.tensor, torch.arange, torch.randn); register a buffer")
+    if effects:
+        return Untraceable(path, f"{type(module).__qualname__}.forward", effects[0])
     for node in reversed(list(graph.nodes)):  # the checks that torch.fx adds for fixed arguments
         if node.op == "call_function" and (node.target in _ASSERTS or (node.target is operator.eq and not node.users)):
             graph.erase_node(node)
     return graph
+
+
+@contextmanager
+def _untouched(module: nn.Module, training: bool) -> Iterator[list[str]]:
+    """Put ``module`` back as it was, and report what its forward did besides computing."""
+    attributes, buffers, was_training = dict(module.__dict__), dict(module._buffers), module.training
+    contents = {name: copy.copy(value) for name, value in attributes.items() if isinstance(value, (list, dict, set))}
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    module.__dict__.pop("forward", None)  # a forward installed by an earlier conversion
+    module.training = training
+    for name in ("log", "log_dict"):
+        if callable(getattr(module, name, None)):
+            module.__dict__[name] = _refuse_to_log
+    before = dict(module.__dict__)
+    effects: list[str] = []
+    try:
+        yield effects
+        after = {name: value for name, value in module.__dict__.items() if not name.startswith("_tensor_constant")}
+        changed = [name for name in after if name not in before or after[name] is not before[name]]
+        changed += [n for n, kept in contents.items() if n not in _OWN_STATE and not _same(attributes[n], kept)]
+        changed += [n for n, tensor in buffers.items() if module._buffers.get(n) is not tensor]
+        if changed:
+            effects.append(f"it keeps values on the module (self.{changed[0]})")
+        if not torch.equal(states[0], torch.get_rng_state()) or states[1] != random.getstate():
+            effects.append("it draws random numbers outside the tensors that it is given")
+        elif not np.array_equal(states[2][1], np.random.get_state()[1]):
+            effects.append("it draws random numbers from numpy")
+    finally:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])
+        module.__dict__.clear()
+        module.__dict__.update(attributes)
+        for name, kept in contents.items():
+            _restore(attributes[name], kept)
+        module._buffers.update(buffers)
+        module.training = was_training
+
+
+_OWN_STATE = frozenset(vars(nn.Module()))
+
+
+def _same(container: Any, kept: Any) -> bool:
+    """Whether a list, dict or set holds the very objects that it held."""
+    if isinstance(container, set) or len(container) != len(kept):
+        return len(container) == len(kept)
+    if isinstance(container, dict):
+        return all(key in kept and value is kept[key] for key, value in container.items())
+    return all(a is b for a, b in zip(container, kept, strict=True))
+
+
+def _restore(container: Any, kept: Any) -> None:
+    if _same(container, kept):
+        return
+    container.clear()
+    container.extend(kept) if isinstance(container, list) else container.update(kept)
+
+
+def _refuse_to_log(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError("it logs, which a recording would leave out; log in the step that calls it")
 
 
 def call_keys(graph: torch.fx.Graph) -> dict[torch.fx.Node, CallKey]:

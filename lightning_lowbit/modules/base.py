@@ -31,7 +31,8 @@ class Mode(Enum):
     """What all low-bit modules of a network do at present."""
 
     FLOAT = "float"  # exactly the float network
-    OBSERVE = "observe"  # float arithmetic on folded layers, quantizers watch
+    FOLDED = "folded"  # float arithmetic on layers with their batch norms merged
+    OBSERVE = "observe"  # the same, and quantizers watch
     LOWBIT = "lowbit"
 
 
@@ -76,7 +77,7 @@ class Switch:
 
     @property
     def folding(self) -> bool:
-        return self.mode is Mode.OBSERVE or (self.mode is Mode.LOWBIT and self.started)
+        return self.mode in (Mode.OBSERVE, Mode.FOLDED) or (self.mode is Mode.LOWBIT and self.started)
 
     @property
     def quantizing(self) -> bool:
@@ -179,6 +180,10 @@ class Scheme:
     def milestones(self) -> tuple[Milestone, ...]:
         """What changes over time, as plain data."""
         return ()
+
+    def reconstruction(self) -> dict[str, Any] | None:
+        """Arguments of ``modules.reconstruct.reconstruct`` if fit reconstructs blocks without labels, and stops."""
+        return None
 
     def activation_bits(self) -> int:
         """The widest training tensor in bits: above 8, low-bit layers leave autocast in training too."""

@@ -47,6 +47,10 @@ class ThresholdQuantizer(Quantizer):
         narrow: leave out the most negative code.
     """
 
+    bits: int
+    log2_t: nn.Parameter
+    frozen: Tensor
+
     def __init__(
         self, site: Site, bits: int, initialization: Initialization = "mse", percentile: float = 99.99,
         rounding: Rounding = Rounding.HALF_EVEN, trainable: bool = True, narrow: bool = False,
@@ -202,19 +206,23 @@ class BiasQuantizer(ThresholdQuantizer):
             del self.log2_t
             self.register_parameter("log2_t", None)
 
+    def _unit(self) -> Tensor | None:
+        """Exponent of the sums that the bias is added to; None while a grid beside it is open."""
+        unit: Tensor | None = self.layer.accumulator_exponent()
+        accumulator = self.layer.lowbit_accumulator
+        return unit if unit is None or accumulator is None else accumulator.exponent()
+
     def exponent(self) -> Tensor:
         if self.own:
             return super().exponent()
-        accumulator = self.layer.lowbit_accumulator
-        unit: Tensor | None = accumulator.exponent() if accumulator is not None else self.layer.accumulator_exponent()
+        unit = self._unit()
         return torch.zeros((), dtype=torch.int32) if unit is None else unit
 
     def quantize(self, x: Tensor, rectify: bool = False) -> Tensor:
         if self.own:
             return super().quantize(x, rectify)
-        if self.layer.accumulator_exponent() is None:  # an open grid beside it: nothing to follow yet
-            return x
-        return fake_quantize(x, self.exponent(), qmin=self.qmin, qmax=self.qmax, rounding=self.rounding)
+        unit = self._unit()
+        return x if unit is None else fake_quantize(x, unit, qmin=self.qmin, qmax=self.qmax, rounding=self.rounding)
 
     def observe(self, x: Tensor) -> None:
         if self.own:

@@ -31,7 +31,8 @@ def drive(trainer: Any, module: Any, loaders: Any, limit: int, step: str) -> int
         trainer: its strategy moves the batches, as in a run.
         module: the LightningModule.
         loaders: one loader or a collection of them, as the trainer got it.
-        step: training_step, validation_step, test_step or predict_step, used if there is no calibration_step.
+        step: training_step, validation_step, test_step or predict_step, used if there is no calibration_step;
+            "forward" calls the module on the batch's first item.
     Returns:
         number of batches fed.
     """
@@ -46,6 +47,8 @@ def drive(trainer: Any, module: Any, loaders: Any, limit: int, step: str) -> int
             try:
                 if own is not None:
                     own(batch)
+                elif step == "forward":
+                    module(batch[0] if isinstance(batch, (list, tuple)) else batch)
                 else:
                     arguments = (batch, index) if step == "training_step" else (batch, index, loader_index)
                     function = getattr(module, step)

@@ -23,6 +23,8 @@ def validate_within_fit(trainer: Any) -> dict[str, float]:
     Returns:
         what validation_step and its epoch hooks logged; empty if there is no validation.
     """
+    if not trainer.enable_validation:  # no validation_step, no loader for it, or no batches of it
+        return {}
     loop = trainer.fit_loop.epoch_loop.val_loop
     connector = trainer._logger_connector
     kept = dict(connector.__dict__)  # also its place in the training batch that is going on

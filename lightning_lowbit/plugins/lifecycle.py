@@ -34,6 +34,7 @@ from lightning_lowbit.plugins.checkpoint import KEY, add_open_keys, compare_spec
 from lightning_lowbit.plugins.compiling import compile_in_place
 from lightning_lowbit.plugins.distributed import all_reduce, ignore_in_ddp, reduce_mean, reduce_sum, share_ignored
 from lightning_lowbit.plugins.evaluation import validate_within_fit, validation_metrics
+from lightning_lowbit.plugins.label_free import reconstruct_within_fit
 from lightning_lowbit.plugins.moments import check_moment
 from lightning_lowbit.plugins.patching import Patches
 from lightning_lowbit.plugins.precision import low_bit, rule_of
@@ -270,11 +271,16 @@ class Lifecycle(Callback):
             with mode([switch_of(pl_module)], Mode.FLOAT):
                 self.metrics["float"] = validate_within_fit(trainer)
         loaders = self.calibration_loader if self.calibration_loader is not None else trainer.train_dataloader
-        self._calibrate(trainer, pl_module, loaders, "training_step")
+        settings = self.scheme.reconstruction()
+        self._calibrate(trainer, pl_module, loaders, "training_step" if settings is None else "forward")
         for callback in trainer.callbacks:
             self._bring_up_to_date(pl_module, getattr(callback, "_average_model", None))
         if evaluate:
             self.metrics["calibrated"] = validate_within_fit(trainer)
+        if settings is not None:
+            reconstruct_within_fit(trainer, pl_module, loaders, self.calibrate_batches, settings)
+            if evaluate:
+                self.metrics["trained"] = validate_within_fit(trainer)
 
     def _calibrate(self, trainer: Any, pl_module: Any, loaders: Any, step: str) -> None:
         run = functools.partial(drive, trainer, pl_module, loaders, self.calibrate_batches, step)

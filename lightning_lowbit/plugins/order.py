@@ -115,7 +115,7 @@ class EpochOrder(Iterator[Any]):
         if self.drawn is not None:
             return
         replay = self.replay
-        if replay is not None and replay["drawn"] is not None:
+        if replay is not None:
             restore_rng(replay["drawn"], self.generators)
         self.drawn = capture_rng(self.generators)
         if replay is not None:

@@ -1,25 +1,26 @@
-"""``summarize``: one row a site, with its grid, how much saturates, and whether the layer's float sums are exact."""
+"""``summarize``: every tensor's grid and saturation, whether float sums are exact, and what follows from it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lightning_lowbit.graph.network import follow
+from lightning_lowbit.graph.ops import Kind
+from lightning_lowbit.graph.rewrite import TracedForward
 from lightning_lowbit.modules.base import LowBitModule, Tally, low_bit_modules, switch_of
-from lightning_lowbit.modules.elementwise import LowBitAdd, LowBitCat
+from lightning_lowbit.modules.elementwise import LowBitAdd, LowBitCat, LowBitOp
 from lightning_lowbit.modules.layers import LowBitLayer
 from lightning_lowbit.modules.quantizer import Quantizer
 from lightning_lowbit.numerics.exponent import pow2
 from lightning_lowbit.numerics.grid import Grid
 from lightning_lowbit.numerics.guards import float_sums_exact
+from lightning_lowbit.reports.table import Line, show, text
 
-__all__ = ["Report", "Row", "print_report", "summarize", "sums_exact"]
-
-_COLUMNS = ("site", "role", "pattern", "grid", "saturation", "exact")
+__all__ = ["Report", "Row", "claims", "print_report", "summarize", "sums_exact"]
 
 
 @dataclass(frozen=True)
@@ -33,28 +34,32 @@ class Row:
     saturation: float | None = None
     exact: bool | None = None
 
-    def cells(self) -> tuple[str, ...]:
-        saturation = "" if self.saturation is None else f"{100 * self.saturation:.2f} %"
-        exact = "" if self.exact is None else ("exact" if self.exact else "not exact")
-        return self.site, self.role, self.pattern, "float" if self.grid is None else str(self.grid), saturation, exact
-
 
 @dataclass
 class Report:
-    """A table, what stays float and why, ties, and the claims that hold for this network."""
+    """What a converted network does.
+
+    Attributes:
+        rows: one a tensor, in the order in which the network runs.
+        lines: one a layer or operation: what is printed.
+        notes: what stays float and why, and the claims that hold for this network.
+        ties: site keys that share one grid.
+    """
 
     rows: list[Row] = field(default_factory=list)
+    lines: list[Line] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     ties: list[list[str]] = field(default_factory=list)
 
     def __str__(self) -> str:
-        return "\n".join((*_plain_table([_COLUMNS, *(row.cells() for row in self.rows)]), "", *self.notes))
+        return text(self.lines, self.notes)
 
     def __getitem__(self, site: str) -> Row:
+        """The first row of a module, or the one called ``site.role``; KeyError names what there is."""
         for row in self.rows:
             if site in (row.site, f"{row.site}.{row.role}"):
                 return row
-        raise KeyError(site)
+        raise KeyError(f"{site!r}; rows: {', '.join(f'{row.site}.{row.role}' for row in self.rows)}")
 
 
 def summarize(module: nn.Module, tally: Tally | None = None) -> Report:
@@ -62,21 +67,29 @@ def summarize(module: nn.Module, tally: Tally | None = None) -> Report:
 
     Args:
         module: converted, calibrated or not.
-        tally: saturation counts, as collected on a validation batch; without them the column is empty.
+        tally: saturation counts, as collected on a validation batch; without them the column is left out.
     Returns:
         a printable report.
     Raises:
         ConfigError: nothing in the module is converted.
     """
-    switch, report = switch_of(module), Report()
-    for path, low in low_bit_modules(module):
-        report.rows.extend(_rows(path, low, tally))
-    hooked = [q for m in module.modules() if not isinstance(m, LowBitModule) for q in m.children() if isinstance(q, Quantizer)]
-    report.rows.extend(_row(q, q.site.pattern, tally) for q in hooked)
+    switch = switch_of(module)
     conversion = switch.conversion
-    report.ties = conversion.ties
+    order = _execution_order(module)
+    low = sorted(low_bit_modules(module), key=lambda item: order.get(item[0], len(order)))
+    report = Report(ties=conversion.ties)
+    for path, owner in sorted(_owners(module), key=lambda item: order.get(item[0], len(order))):
+        report.rows.extend(_rows(path, owner, tally))
+    report.lines = _lines(low, report.rows)
     total = len(conversion.layers) + len(conversion.skipped)
-    report.notes.append(f"{len(conversion.layers)} of {total} layers low-bit, {len(report.ties)} ties; scheme {_scheme_line(module)}")
+    shared = f", {len(report.ties)} shared grid{'s' * (len(report.ties) > 1)}" if report.ties else ""
+    report.notes.append(
+        f"{len(conversion.layers)} of {total} layers low-bit, scheme {low[0][1].scheme.name}{shared}"
+    )
+    report.notes.append(
+        "grid: int4·2^-3 = signed 4-bit codes worth 2^-3 each; a layer's is input × weights. saturated: share of the "
+        "worst of its tensors. exact: its float sums are proved to be the integer sums"
+    )
     report.notes += [f"skipped: {path} ({why})" for path, why in conversion.skipped.items()]
     if conversion.float_by_nature:
         kinds = ", ".join(f"{name} ({len(paths)})" for name, paths in conversion.float_by_nature.items())
@@ -106,90 +119,136 @@ def claims(module: nn.Module, report: Report) -> list[str]:
 
 
 def sums_exact(layer: LowBitLayer) -> bool | None:
-    """Whether the guard proves the layer's float32 sums exact for its actual weights; None while a grid is open."""
+    """Whether the layer's float32 sums are proved exact for its actual weights; None while a grid is open."""
     source = layer.lowbit_input if layer.lowbit_input is not None else layer.input_grid
     weight, unit = layer.lowbit_weight, layer.accumulator_exponent()
     if source is None or weight is None or unit is None:
         return None
     grid = source.grid()
-    training = layer.training
-    try:
-        layer.eval()
-        folded, bias = layer.effective(layer.weight) if layer.norm is None or not layer.norm.training else _frozen(layer)
-    finally:
-        layer.train(training)
+    folded, bias = _as_in_evaluation(layer)
     codes = weight.quantize(folded.detach()).double() / pow2(weight.exponent(), torch.float64)
     bias_codes = None
     if bias is not None:
-        moved = layer.lowbit_bias.quantize(bias.detach()) if layer.lowbit_bias is not None else bias.detach()
-        bias_codes = moved.double() / pow2(unit, torch.float64)
+        if layer.lowbit_bias is None:
+            return False  # a float bias is no multiple of the products' unit
+        bias_codes = layer.lowbit_bias.quantize(bias.detach()).double() / pow2(unit, torch.float64)
+    x_max = float(max(-grid.qmin, grid.qmax))
     if layer.out_axis == 1 and layer.groups > 1:  # one group after the other holds its own outputs
         codes = codes.reshape(layer.groups, -1, *codes.shape[1:]).transpose(1, 2).flatten(0, 1)
-        return bool(float_sums_exact(codes, float(max(-grid.qmin, grid.qmax)), bias_codes, 0))
-    return bool(float_sums_exact(codes, float(max(-grid.qmin, grid.qmax)), bias_codes, layer.out_axis))
+        return float_sums_exact(codes, x_max, bias_codes, 0)
+    return float_sums_exact(codes, x_max, bias_codes, layer.out_axis)
 
 
-def _frozen(layer: LowBitLayer) -> Any:
-    """Weights as evaluation folds them."""
-    assert layer.norm is not None
-    kept = layer.norm.training
-    layer.norm.training = False
+def _as_in_evaluation(layer: LowBitLayer) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias with the moving statistics folded in, whatever mode the norm is in."""
+    if layer.norm is None:
+        return layer.effective(layer.weight)
+    training, layer.norm.training = layer.norm.training, False
     try:
         return layer.effective(layer.weight)
     finally:
-        layer.norm.training = kept
-
-
-def _rows(path: str, low: LowBitModule, tally: Tally | None) -> list[Row]:
-    rows = [_row(q, low.pattern, tally) for q in low.children() if isinstance(q, Quantizer)]
-    if isinstance(low, LowBitLayer):
-        rows.append(Row(path, "sum", low.pattern, low.result_grid(), None, sums_exact(low)))
-    elif isinstance(low, (LowBitAdd, LowBitCat)):
-        rows.append(Row(path, "sum" if isinstance(low, LowBitAdd) else "concat", low.pattern, low.result_grid()))
-    return rows
-
-
-def _row(quantizer: Quantizer, pattern: str, tally: Tally | None) -> Row:
-    site = quantizer.site
-    share = None if tally is None else tally.share(site.key)
-    return Row(site.path, site.slot.removeprefix("lowbit_") or site.role, pattern, quantizer.grid() if quantizer.ready else None, share)
-
-
-def _scheme_line(module: nn.Module) -> str:
-    return str(next(low.scheme for _, low in low_bit_modules(module)).name)
-
-
-def _plain_table(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
-
-
-def metric_lines(metrics: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """float, calibrated, trained: the user's own validation metrics, one line each."""
-    lines = []
-    for stage in ("float", "calibrated", "trained"):
-        if metrics.get(stage):
-            values = ", ".join(f"{name} {value:.4f}" for name, value in sorted(metrics[stage].items()))
-            lines.append(f"{stage:10}  {values}")
-    return lines
+        layer.norm.training = training
 
 
 def print_report(module: nn.Module, metrics: Mapping[str, Mapping[str, float]], tally: Tally | None) -> None:
-    """Table, claims and metrics on the terminal; with rich where it is installed."""
+    """Table, claims and metrics on the terminal; in color where rich is installed."""
     report = summarize(module, tally)
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        print("", report, "", *metric_lines(metrics), sep="\n")
-        return
-    table = Table(*_COLUMNS, title="low-bit network")
-    for row in report.rows:
-        table.add_row(*row.cells())
-    console = Console()
-    console.print(table)
-    for line in (*report.notes, "", *metric_lines(metrics)):
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    show(report.lines, report.notes, metrics)
 
 
+# -- rows: one a tensor --------------------------------------------------------------------------------------
+def _execution_order(module: nn.Module) -> dict[str, int]:
+    """Position of every module path in the data flow; a functional operation has the name it was given."""
+    order: dict[str, int] = {}
+    for call in follow(module).calls:
+        path = call.path
+        if path is None:
+            forward = module.get_submodule(call.owner).__dict__.get("forward")
+            name = (
+                {**forward.instead, **forward.after}.get(call.key)
+                if isinstance(forward, TracedForward)
+                else None
+            )
+            path = None if name is None else f"{call.owner}.{name}".lstrip(".")
+        if path is not None:
+            order.setdefault(path, len(order))
+    return order
+
+
+def _owners(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that hold quantizers, and low-bit ones without: an add whose operands arrive on grids."""
+    for path, owner in module.named_modules():
+        if isinstance(owner, LowBitModule) or any(isinstance(child, Quantizer) for child in owner.children()):
+            yield path, owner
+
+
+def _rows(path: str, owner: nn.Module, tally: Tally | None) -> Iterator[Row]:
+    for child in owner.children():
+        if isinstance(child, Quantizer):
+            site = child.site
+            pattern = owner.pattern if isinstance(owner, LowBitModule) else site.pattern
+            share = None if tally is None else tally.share(site.key)
+            yield Row(
+                site.path,
+                site.slot.removeprefix("lowbit_") or site.role,
+                pattern,
+                child.grid() if child.ready else None,
+                share,
+            )
+    if isinstance(owner, LowBitLayer):
+        yield Row(path, "sum", owner.pattern, owner.result_grid(), None, sums_exact(owner))
+    elif isinstance(owner, (LowBitAdd, LowBitCat)):
+        yield Row(
+            path, "sum" if isinstance(owner, LowBitAdd) else "concat", owner.pattern, owner.result_grid()
+        )
+
+
+# -- lines: one a layer or operation -------------------------------------------------------------------------
+def _lines(low: Sequence[tuple[str, LowBitModule]], rows: Sequence[Row]) -> list[Line]:
+    """Each quantizer is shown where its tensor is read; behind an arrow where nothing here reads it."""
+    shares = {f"{row.site}.lowbit_{row.role}": row.saturation for row in rows}
+    sums = {row.site: row.exact for row in rows if row.role == "sum"}
+    reading = [(path, module, _reads(module)) for path, module in low]
+    read = {id(quantizer) for _, _, tensors in reading for quantizer in tensors}
+    lines = []
+    for path, module, tensors in reading:
+        result = getattr(module, "lowbit_output", None)
+        pooled = isinstance(module, LowBitOp) and module.lowbit_kind is Kind.AVG_POOL
+        grid = _formula(module, tensors)
+        if result is not None and (pooled or id(result) not in read):
+            grid, tensors = f"{grid} → {_short(result)}".lstrip(), [*tensors, result]
+        if not grid:
+            continue  # a rectifier or a norm whose result the next layer's line shows
+        bias = (
+            [module.lowbit_bias] if isinstance(module, LowBitLayer) and module.lowbit_bias is not None else []
+        )
+        known = [shares[q.site.key] for q in (*tensors, *bias) if shares.get(q.site.key) is not None]
+        lines.append(Line(path, module.pattern, grid, max(known, default=None), sums.get(path)))  # type: ignore[type-var]
+    return lines
+
+
+def _reads(module: LowBitModule) -> list[Quantizer]:
+    """The quantizers that declare the grids of what a module computes with."""
+    if isinstance(module, LowBitLayer):
+        source = module.lowbit_input if module.lowbit_input is not None else module.input_grid
+        return [q for q in (source, module.lowbit_weight, module.lowbit_accumulator) if q is not None]
+    return list(module.operand_grids) if isinstance(module, LowBitOp) else []
+
+
+def _formula(module: LowBitModule, tensors: Sequence[Quantizer]) -> str:
+    if isinstance(module, LowBitLayer):
+        source = module.lowbit_input if module.lowbit_input is not None else module.input_grid
+        product = f"{_short(source)} × {_short(module.lowbit_weight)}"
+        return (
+            product
+            if module.lowbit_accumulator is None
+            else f"{product} = {_short(module.lowbit_accumulator)}"
+        )
+    if isinstance(module, LowBitAdd):
+        return " + ".join(map(_short, tensors))
+    return ", ".join(dict.fromkeys(map(_short, tensors)))
+
+
+def _short(quantizer: Quantizer | None) -> str:
+    """A grid without its range: int8·2^-4."""
+    return "float" if quantizer is None or not quantizer.ready else str(quantizer.grid()).partition(" [")[0]

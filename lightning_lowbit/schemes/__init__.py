@@ -102,7 +102,7 @@ def convert(
 
 
 def _check_options(cls: type[Scheme], options: dict[str, Any]) -> None:
-    known = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+    known: list[str] = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
     for option in options:
         if option not in known:
             raise ConfigError(f"{cls.__name__} has no option {option!r}.{nearest(option, known)}")

@@ -55,6 +55,8 @@ class Tqt(Scheme):
         freeze_thresholds_end: when the last one is frozen.
         freeze_batch_norm: when folding goes over from batch to moving statistics.
         warmup: when quantizers start in training from scratch.
+        reconstruct_steps: Adam steps per block in mode "label_free".
+        reconstruct_lr: learning rate of the weights there; thresholds take threshold_lr.
         overrides: options per module-path pattern, e.g. {"layer3.*": {"weight_bits": 8}}.
 
     Fractions in ``freeze_*`` count from the start of quantization to the end of the run.
@@ -86,6 +88,8 @@ class Tqt(Scheme):
     freeze_thresholds_end: Moment = 0.9
     freeze_batch_norm: Moment | None = 0.5
     warmup: Moment = 0.3
+    reconstruct_steps: int = 200
+    reconstruct_lr: float = 1e-5
     overrides: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -147,10 +151,15 @@ class Tqt(Scheme):
         return ThresholdRule(self, modules)
 
     def start(self, pretrained: bool) -> Moment:
-        return 0 if pretrained else self.warmup
+        return 0 if pretrained or self.mode == "label_free" else self.warmup
+
+    def reconstruction(self) -> dict[str, Any] | None:
+        if self.mode != "label_free":
+            return None
+        return {"steps": self.reconstruct_steps, "lr": self.reconstruct_lr, "threshold_lr": self.threshold_lr}
 
     def milestones(self) -> tuple[Milestone, ...]:
-        frozen = self.mode in ("static", "retrain_th")
+        frozen = self.mode in ("static", "retrain_th", "label_free")
         return (
             Milestone(0 if frozen else self.freeze_batch_norm, "freeze_batch_norm"),
             Milestone(self.freeze_thresholds, "freeze_ranges"),

@@ -134,14 +134,14 @@ class ThresholdRule(UpdateRule):
                     if child.log2_t.requires_grad:
                         self.thresholds[child.site.key] = child
                         self.owner[child.site.key] = path
-        parameters = [{"params": [q.log2_t], "name": key} for key, q in self.thresholds.items()]
+        parameters = [quantizer.log2_t for quantizer in self.thresholds.values()]
         self.optimizer: Optimizer | None = None
         if parameters:
             lr, beta2 = scheme.threshold_lr, scheme.threshold_beta2
-            adam = scheme.threshold_optimizer == "adam"
-            self.optimizer = (
-                torch.optim.Adam(parameters, lr=lr, betas=(0.9, beta2)) if adam else NormedSgd(parameters, lr=lr, beta=beta2)
-            )
+            if scheme.threshold_optimizer == "adam":
+                self.optimizer = torch.optim.Adam(parameters, lr=lr, betas=(0.9, beta2), foreach=True)
+            else:
+                self.optimizer = NormedSgd(parameters, lr=lr, beta=beta2)
         n = len(parameters)
         self.average = torch.zeros(n)  # of log2_t, decay 0.9999, not yet debiased
         self.abs_grad = torch.zeros(n)  # of the gradients since the last freeze
@@ -160,24 +160,30 @@ class ThresholdRule(UpdateRule):
 
     @torch.no_grad()
     def step(self, owned: set[str], context: StepContext) -> None:
-        items = list(self.thresholds.items())
-        if self.optimizer is None or not items:
+        quantizers = list(self.thresholds.values())
+        if self.optimizer is None:
             return
-        mine = [self.owner[key] in owned and q.log2_t.grad is not None for key, q in items]
-        grads = [q.log2_t.grad.reshape(()) if m else q.log2_t.new_zeros(()) for m, (_, q) in zip(mine, items, strict=True)]  # type: ignore[union-attr]
-        flat = context.reduce_mean(torch.stack(grads)) / context.grad_scale
-        frozen = torch.stack([q.frozen for _, q in items]).cpu() > 0.5
         if self.begun is None:
             self.begun = context.step
-        for group, (_, q), has, g, stop in zip(self.optimizer.param_groups, items, mine, flat, frozen.tolist(), strict=True):
-            group["lr"] = self._lr(context)
-            usable = has and not stop and bool(torch.isfinite(g))
-            q.log2_t.grad = g.reshape(1).to(q.log2_t.dtype) if usable else None
+        gradients, had = [], []
+        for key, quantizer in self.thresholds.items():
+            gradient = quantizer.log2_t.grad if self.owner[key] in owned else None
+            had.append(float(gradient is not None))
+            gradients.append(torch.zeros_like(quantizer.log2_t) if gradient is None else gradient)
+        flat = torch.cat(gradients)
+        # One tensor over the processes, so that all of them step the same thresholds with the same gradients.
+        flat, seen = context.reduce_mean(torch.stack([flat, flat.new_tensor(had)])).unbind()
+        flat = flat / context.grad_scale
+        frozen = torch.stack([quantizer.frozen for quantizer in quantizers]) > 0.5
+        usable = ((seen > 0) & ~frozen & torch.isfinite(flat)).tolist()
+        for quantizer, gradient, use in zip(quantizers, torch.split(flat, 1), usable, strict=True):
+            quantizer.log2_t.grad = gradient if use else None
+        self.optimizer.param_groups[0]["lr"] = self._lr(context)
         self.optimizer.step()
-        for _, q in items:
-            q.log2_t.grad = None
-        self._follow(torch.stack([q.log2_t.reshape(()) for _, q in items]).cpu(), flat.abs().cpu())
-        self._freeze(items, frozen, context.step)
+        for quantizer in quantizers:
+            quantizer.log2_t.grad = None
+        self._follow(torch.cat([quantizer.log2_t for quantizer in quantizers]).cpu(), flat.abs().cpu())
+        self._freeze(quantizers, frozen.cpu(), context.step)
 
     def _lr(self, context: StepContext) -> float:
         lr, done = self.scheme.threshold_lr, context.step - (self.begun or 0)
@@ -193,23 +199,23 @@ class ThresholdRule(UpdateRule):
         self.abs_grad.add_(torch.nan_to_num(abs_grad))
         self.count += 1
 
-    def _freeze(self, items: list[tuple[str, ThresholdQuantizer]], frozen: Tensor, step: int) -> None:
+    def _freeze(self, quantizers: list[ThresholdQuantizer], frozen: Tensor, step: int) -> None:
         """From ``freeze_ranges`` on, one after the other; all of them by ``ranges_frozen``."""
         first = self.when.get("freeze_ranges")
         if first is None or step < first:
             return
         last = max(first, self.when.get("ranges_frozen", first))
-        due = math.ceil(len(items) * min(1.0, (step + 1 - first) / max(1, last - first)))
+        due = math.ceil(len(quantizers) * min(1.0, (step + 1 - first) / max(1, last - first)))
         debiased = self.average / (1 - 0.9999 ** int(self.count[0]))
         while int(frozen.sum()) < due:
-            now = torch.stack([q.log2_t.reshape(()) for _, q in items]).cpu()
+            now = torch.cat([quantizer.log2_t for quantizer in quantizers]).cpu()
             index = next_to_freeze(now, debiased, self.abs_grad / max(1, int(self.count[1])), frozen)
             if index is None:
                 if step + 1 < last:
                     return
                 index = int((~frozen).nonzero()[0])  # out of time: where its average lies, it spent most steps
-                items[index][1].log2_t.fill_(debiased[index])
-            for member in items[index][1].group:
+                quantizers[index].log2_t.fill_(debiased[index])
+            for member in quantizers[index].group:
                 if isinstance(member, ThresholdQuantizer):
                     member.frozen.fill_(1.0)
             frozen[index] = True
@@ -219,9 +225,7 @@ class ThresholdRule(UpdateRule):
     def state_dict(self) -> dict[str, Any]:
         if self.optimizer is None:
             return {}
-        state = {
-            group["name"]: dict(self.optimizer.state.get(group["params"][0], {})) for group in self.optimizer.param_groups
-        }
+        state = {key: dict(self.optimizer.state.get(q.log2_t, {})) for key, q in self.thresholds.items()}
         return {
             "optimizer": state, "average": self.average.clone(), "abs_grad": self.abs_grad.clone(),
             "count": self.count.clone(), "begun": self.begun,
@@ -230,12 +234,9 @@ class ThresholdRule(UpdateRule):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self.optimizer is None or not state:
             return
-        for group in self.optimizer.param_groups:
-            kept = state["optimizer"].get(group["name"])
+        for key, quantizer in self.thresholds.items():
+            kept = state["optimizer"].get(key)
             if kept:
-                device = group["params"][0].device
-                self.optimizer.state[group["params"][0]] = {
-                    k: v.clone().to(device if k != "step" else "cpu") if isinstance(v, Tensor) else v for k, v in kept.items()
-                }
+                self.optimizer.state[quantizer.log2_t] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in kept.items()}
         self.average, self.abs_grad = state["average"].clone(), state["abs_grad"].clone()
         self.count, self.begun = state["count"].clone(), state["begun"]

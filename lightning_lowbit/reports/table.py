@@ -1,0 +1,154 @@
+"""The printed form of a report: a line a layer that fits a terminal, the same words with and without rich."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+__all__ = ["STAGES", "Line", "cells", "metric_lines", "show", "text"]
+
+STAGES = ("float", "calibrated", "trained")
+"""Whose metrics are compared: before quantization, right after calibration, after the last validation."""
+
+_HEADER = ("site", "pattern", "grid", "saturated", "exact")
+_SHORTEST = {0: 14, 1: 8}  # what the first two columns may shrink to; a grid is never cut
+_GAP = 2
+
+
+@dataclass(frozen=True)
+class Line:
+    """A layer or an operation: the grids that it reads and multiplies with, the saturation of its worst tensor."""
+
+    site: str
+    pattern: str
+    grid: str
+    saturation: float | None = None
+    exact: bool | None = None
+
+    def cells(self) -> tuple[str, ...]:
+        saturation = "" if self.saturation is None else f"{100 * self.saturation:.2f} %"
+        return (
+            self.site,
+            self.pattern,
+            self.grid,
+            saturation,
+            {None: "", True: "yes", False: "no"}[self.exact],
+        )
+
+
+def cells(lines: Iterable[Line], width: int | None = None) -> list[tuple[str, ...]]:
+    """Header and rows as text, at most ``width`` columns wide where shortening can do it.
+
+    Patterns give way first (at their end), then sites (at their beginning: the end tells layers apart). A
+    column without any entry is left out.
+    """
+    rows = [_HEADER, *(line.cells() for line in lines)]
+    kept = [i for i in range(len(_HEADER)) if i < 3 or any(row[i] for row in rows[1:])]
+    rows = [tuple(row[i] for i in kept) for row in rows]
+    for column in (1, 0):
+        excess = sum(_widths(rows)) + _GAP * (len(kept) - 1) - (_columns() if width is None else width)
+        if excess > 0:
+            limit = max(_SHORTEST[column], _widths(rows)[column] - excess)
+            rows = [
+                tuple(_short(c, limit, column == 0) if i == column else c for i, c in enumerate(row))
+                for row in rows
+            ]
+    return rows
+
+
+def text(lines: Iterable[Line], notes: Iterable[str], width: int | None = None) -> str:
+    """Table and notes as plain text."""
+    rows = cells(lines, width)
+    widths = _widths(rows)
+    table = [(" " * _GAP).join(map(_padded, row, widths, range(len(row)))).rstrip() for row in rows]
+    rule = (" " * _GAP).join("-" * w for w in widths)
+    return "\n".join([table[0], rule, *table[1:], "", *_wrapped(notes, width)])
+
+
+def metric_lines(metrics: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """float, calibrated, trained: the user's own validation metrics, one line each, one below the other.
+
+    >>> metrics = {"float": {"acc": 0.975, "loss": 0.1}, "trained": {"acc": 1.0, "loss": 0.25}}
+    >>> print(*metric_lines(metrics), sep="\\n")
+    float       acc  97.50 %  loss 0.1000
+    trained     acc 100.00 %  loss 0.2500
+    """
+    stages = [stage for stage in STAGES if metrics.get(stage)]
+    columns = []
+    for name in sorted({name for stage in stages for name in metrics[stage]}):
+        values = [metrics[stage].get(name) for stage in stages]
+        share = _is_accuracy(name) and all(v is None or 0 <= v <= 1 for v in values)
+        shown = ["" if v is None else f"{100 * v:.2f} %" if share else _number(v) for v in values]
+        longest = max(map(len, shown))
+        columns.append([f"{name if value else '':{len(name)}} {value:>{longest}}" for value in shown])
+    return [
+        "  ".join([f"{stage:10}", *(column[i] for column in columns)]).rstrip()
+        for i, stage in enumerate(stages)
+    ]
+
+
+def show(lines: Sequence[Line], notes: Sequence[str], metrics: Mapping[str, Mapping[str, float]]) -> None:
+    """Print table, notes and metrics; with color where rich is installed."""
+    try:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        print("", text(lines, notes), "", *metric_lines(metrics), sep="\n")
+        return
+    console = Console()
+    rows = cells(lines, console.width)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, _GAP - 1, 0, 0))
+    for name in rows[0]:
+        table.add_column(name, no_wrap=True, overflow="ignore")
+    widths = _widths(rows)
+    for row in rows[1:]:
+        table.add_row(
+            *map(_padded, row, widths, range(len(row))), style="yellow" if row[-1] == "no" else None
+        )
+    console.print()
+    console.print(table)
+    for line in ("", *_wrapped(notes, console.width), "", *metric_lines(metrics)):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _columns() -> int:
+    return shutil.get_terminal_size().columns
+
+
+def _widths(rows: Sequence[tuple[str, ...]]) -> list[int]:
+    return [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+
+def _padded(cell: str, width: int, column: int) -> str:
+    return (
+        cell.rjust(width)
+        if column == _HEADER.index("saturated") and cell.endswith("%")
+        else cell.ljust(width)
+    )
+
+
+def _short(cell: str, limit: int, keep_end: bool) -> str:
+    if len(cell) <= limit:
+        return cell
+    return f"…{cell[1 - limit :]}" if keep_end else f"{cell[: limit - 1]}…"
+
+
+def _wrapped(notes: Iterable[str], width: int | None) -> list[str]:
+    columns = max(40, _columns() if width is None else width)
+    return [
+        line
+        for note in notes
+        for line in textwrap.wrap(note, columns, subsequent_indent="  ", break_long_words=False)
+    ]
+
+
+def _is_accuracy(name: str) -> bool:
+    return re.search(r"[Aa]ccuracy|(?<![A-Za-z])acc(?![a-z])|Acc(?![a-z])", name) is not None
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e5 else f"{value:.3g}"
