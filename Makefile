@@ -1,7 +1,6 @@
 # Every target makes its own environment in .venv from nothing but python3, once per change of the pins.
-# pip takes the torch that its configuration offers; on Linux without a GPU
-#     PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test
-# keeps the CUDA packages away.
+# pip takes the torch that its configuration offers; on Linux without a GPU, point it at a CPU build to keep the
+# CUDA packages away.
 
 PYTHON ?= python3
 BIN := .venv/bin

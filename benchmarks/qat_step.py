@@ -158,7 +158,7 @@ def ao_net(name: str) -> nn.Module:
     x = batch(name)[0]
     net = prepare_qat_fx(float_net(name), get_default_qat_qconfig_mapping("x86"), (x,))
     net(x)
-    return net  # type: ignore[no-any-return]
+    return net
 
 
 def training_step(name: str, net: nn.Module, lowbit: bool) -> tuple[Step, Callable[[], Tensor]]:
@@ -234,6 +234,7 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiled steps")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
+    torch.set_num_threads(1)
     warnings.filterwarnings("ignore")  # the other tools use much that torch has deprecated
     results = {}
     for name in options.nets:

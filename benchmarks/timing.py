@@ -37,7 +37,6 @@ def alternate(steps: dict[str, Callable[[], object]], rounds: int = 15, warmup: 
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
-            gc.collect()  # outside the clock, and not in the middle of somebody's step
             start = time.process_time()
             step()
             times[name].append((time.process_time() - start) * 1e3)

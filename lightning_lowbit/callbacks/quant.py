@@ -34,7 +34,7 @@ class QuantCallback(Lifecycle):
         include: list[str] | None = None,
         init_from: str | None = None,
         calibrate_batches: int = 8,
-        start: float | int | str | None = None,
+        start: int | float | str | None = None,
         compile: bool = False,
         evaluate: bool = True,
         resume_order: bool | None = None,

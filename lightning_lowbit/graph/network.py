@@ -11,7 +11,7 @@ import torch
 import torch.fx
 from torch import nn
 
-from lightning_lowbit.graph.ops import Kind, classify, in_place, is_leaf
+from lightning_lowbit.graph.ops import REWRITTEN, Kind, classify, in_place, is_leaf
 from lightning_lowbit.graph.trace import (
     CallKey,
     Untraceable,
@@ -23,8 +23,9 @@ from lightning_lowbit.graph.trace import (
     trace_container,
 )
 
-__all__ = ["Call", "Flow", "follow"]
+__all__ = ["Call", "Flow", "follow", "placed_calls"]
 
+ALONE = -1  # the occurrence of a call that no traced forward makes
 _FIRST_INPUT_ONLY = (Kind.COMPUTE, Kind.BATCH_NORM, Kind.RELU, Kind.ACTIVATION, Kind.AVG_POOL, Kind.KEEP)
 
 
@@ -38,11 +39,17 @@ class Call:
     key: CallKey  # the call inside its owner
     where: str
     path: str | None = None  # of the module, for a module call
+    alias: str | None = None  # the name by which the owner called it; differs from path for a shared module
     inputs: list[Call] = field(default_factory=list)
     readers: list[Call] = field(default_factory=list)
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     overwrites: bool = False  # works in place on a tensor that is read again later
+
+    @property
+    def alone(self) -> bool:
+        """Whether this is a module in code that could not be followed, entered on its own."""
+        return self.key[1] == ALONE
 
     @property
     def name(self) -> str:
@@ -89,7 +96,7 @@ class _Walker:
         """Start at a module whose inputs come from outside."""
         if is_leaf(module):
             entry = self._entry(path)
-            result: Any = self._call(module, None, path, ("", 0), "", [entry], (), {})
+            result: Any = self._call(module, None, "", (path, ALONE), path, [entry], (), {})
         else:
             fixed = constants(module, *_defaults_only(module))
             graph = self._graph(module, path, fixed)
@@ -123,7 +130,7 @@ class _Walker:
             if isinstance(graph, Untraceable):
                 self.flow.untraced.append(graph)
             else:
-                self.flow.planned.setdefault(path, set()).add(tuple(call_keys(graph).values()))
+                self.flow.planned.setdefault(path, set()).add(placed_calls(graph))
                 if path not in self.flow.containers:
                     self.flow.containers.append(path)
         return self.graphs[variant]
@@ -178,7 +185,11 @@ class _Walker:
             return None
         if kind is Kind.ADD and (len(inputs) < 2 or "alpha" in kwargs):
             kind = Kind.FLOAT  # tensor + number, a + alpha * b: on no grid that we know
-        call = Call(kind, target, owner, key, location(node) if node else "", path, inputs, [], args, dict(kwargs))
+        alias = path
+        if node is not None and node.op == "call_module":
+            alias = f"{owner}.{node.target}".lstrip(".")
+        where = location(node) if node else ""
+        call = Call(kind, target, owner, key, where, path, alias, inputs, [], args, dict(kwargs))
         for source in inputs:
             source.readers.append(call)
         self.flow.calls.append(call)
@@ -197,6 +208,17 @@ class _Walker:
         return found
 
 
+def placed_calls(graph: torch.fx.Graph) -> tuple[CallKey, ...]:
+    """The calls of a container that a plan counts: of modules, and of functions that may become low-bit ops.
+
+    Only a forward that makes the same ones can be led through the planned ops, whatever flags it is given.
+    """
+    return tuple(
+        key for node, key in call_keys(graph).items()
+        if node.op == "call_module" or classify(node.target, node.args, node.kwargs) in REWRITTEN
+    )  # fmt: skip
+
+
 def _differ(evaluation: torch.fx.Graph, training: torch.fx.Graph) -> bool:
     return list(call_keys(evaluation).values()) != list(call_keys(training).values())
 
@@ -209,9 +231,8 @@ def _defaults_only(module: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _parameter(placeholder: torch.fx.Node) -> str:
-    """The user's name of a parameter: torch.fx numbers the fixed ones (``flag_1``) and stars the collecting ones."""
-    target = str(placeholder.target)
-    return str(placeholder.meta.get("parameter", target.lstrip("*")))
+    """The user's name of a parameter (``trace._name_parameters``)."""
+    return str(placeholder.meta["parameter"])
 
 
 def _is_pick(target: Any, args: Any) -> bool:

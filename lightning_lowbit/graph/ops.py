@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["BATCH_NORMS", "COMPUTE", "FLOAT_BY_NATURE", "Kind", "classify", "is_leaf"]
+__all__ = [
+    "BATCH_NORMS", "COMPUTE", "FLOAT_BY_NATURE", "PRODUCERS", "REWRITTEN", "Kind", "classify", "in_place", "is_leaf", "multiplies",
+]  # fmt: skip
 
 
 class Kind(str, Enum):
@@ -26,6 +28,9 @@ class Kind(str, Enum):
     META = "meta"  # sizes and shapes, no tensor
     FLOAT = "float"  # anything else
 
+
+PRODUCERS = (Kind.COMPUTE, Kind.BATCH_NORM, Kind.RELU, Kind.ACTIVATION, Kind.ADD, Kind.AVG_POOL)
+REWRITTEN = (Kind.RELU, Kind.ACTIVATION, Kind.ADD, Kind.CAT, Kind.AVG_POOL)
 
 COMPUTE: dict[type[nn.Module], str] = {
     nn.Conv1d: "conv1d",
@@ -85,7 +90,7 @@ _register(
     F.leaky_relu_, F.elu_,
 )  # fmt: skip
 _register(Kind.ADD, operator.add, operator.iadd, torch.add, "add", "add_", "__add__", "__iadd__")
-_register(Kind.CAT, torch.cat, torch.concat, torch.concatenate)
+_register(Kind.CAT, torch.cat, torch.concat, torch.concatenate, torch.stack)
 _register(
     Kind.AVG_POOL,
     F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d,
@@ -96,11 +101,18 @@ _register(
     F.max_pool1d, F.max_pool2d, F.max_pool3d, torch.max_pool1d, torch.max_pool2d, torch.max_pool3d,
     F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d, torch.flatten, torch.reshape, torch.permute,
     torch.transpose, torch.squeeze, torch.unsqueeze, torch.chunk, torch.split, torch.narrow, torch.flip, torch.roll,
+    torch.unbind, torch.tensor_split, torch.tile, torch.movedim, torch.swapaxes, torch.select, torch.index_select,
     F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.pixel_shuffle, F.channel_shuffle, operator.getitem, torch.clone,
     "view", "reshape", "flatten", "permute", "transpose", "contiguous", "squeeze", "unsqueeze", "chunk", "split",
     "narrow", "flip", "clone", "unflatten", "expand", "repeat", "to", "float", "t", "movedim", "swapaxes", "select",
-    "type_as", "roll", "view_as", "reshape_as", "expand_as", "detach",
+    "type_as", "roll", "view_as", "reshape_as", "expand_as", "detach", "unbind", "tensor_split", "tile", "squeeze_",
+    "unsqueeze_", "index_select", "double",
 )  # fmt: skip
+_MULTIPLYING = frozenset({
+    F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
+    torch.conv1d, torch.conv2d, torch.conv3d, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum,
+    F.scaled_dot_product_attention, operator.matmul, "matmul", "mm", "bmm", "addmm", "baddbmm",
+})  # fmt: skip
 _register(Kind.META, getattr, torch.numel, "size", "dim", "numel", "stride", len)
 
 
@@ -128,13 +140,32 @@ def classify(target: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | N
         value = kwargs.get("value", args[3] if len(args) > 3 else None)
         return Kind.FLOAT if mode == "constant" and value not in (None, 0, 0.0) else Kind.KEEP
     if target is F.interpolate:
-        return Kind.KEEP if kwargs.get("mode", "nearest") == "nearest" else Kind.FLOAT
+        mode = kwargs.get("mode", args[3] if len(args) > 3 else "nearest")
+        return Kind.KEEP if mode == "nearest" else Kind.FLOAT
     if target in ("mean", torch.mean):
         return Kind.AVG_POOL if len(args) > 1 or "dim" in kwargs else Kind.FLOAT
     try:
         return _FUNCTIONS.get(target, Kind.FLOAT)
     except TypeError:  # an unhashable callable is nothing that we know
         return Kind.FLOAT
+
+
+def in_place(target: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a call puts its result into its first argument."""
+    if isinstance(target, nn.Module):
+        return bool(getattr(target, "inplace", False))
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    # fx asks Proxy for ``+=`` by operator.iadd; a trailing underscore is torch's mark, a leading one Python's.
+    marked = name.endswith("_") and not name.endswith("__")
+    return bool(kwargs.get("inplace", False)) or marked or name in ("iadd", "__iadd__")
+
+
+def multiplies(target: Any) -> bool:
+    """Whether a function multiplies tensors as a layer would, with nothing to convert."""
+    try:
+        return target in _MULTIPLYING
+    except TypeError:
+        return False
 
 
 def _classify_module(module: nn.Module) -> Kind:

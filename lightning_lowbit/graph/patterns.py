@@ -9,86 +9,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 from torch import nn
 
 from lightning_lowbit.graph.network import Call, Flow
-from lightning_lowbit.graph.ops import COMPUTE, Kind
+from lightning_lowbit.graph.ops import COMPUTE, PRODUCERS, REWRITTEN, Kind
+from lightning_lowbit.graph.plan import LayerPlan, OpPlan, Plan, Site, Union
 from lightning_lowbit.graph.trace import CallKey
 
 __all__ = ["LayerPlan", "OpPlan", "Plan", "Site", "make_plan"]
-
-PRODUCERS = (Kind.COMPUTE, Kind.BATCH_NORM, Kind.RELU, Kind.ACTIVATION, Kind.ADD, Kind.AVG_POOL)
-REWRITTEN = (Kind.RELU, Kind.ACTIVATION, Kind.ADD, Kind.CAT, Kind.AVG_POOL)
-
-
-@dataclass(frozen=True)
-class Site:
-    """One tensor that a scheme may quantize: the question put to ``Scheme.quantizer``.
-
-    Attributes:
-        path: module that owns the quantizer; its parameters live under ``{path}.{slot}``.
-        role: input, weight, bias, accumulator, output, operand, error or weight_grad.
-        op: conv2d, linear, relu, add, cat, avg_pool, ...
-        pattern: what was merged, e.g. ``conv2d+bn+relu``.
-        signed: False behind a rectifier, True where negative values are sure, None = the data decide.
-        first, last: the layer reads the network's input / no further layer reads its output.
-        depthwise: one input channel per group.
-        source: role of the quantizer that the tensor has passed already, None when it comes in as float.
-        slot: name of the quantizer in its module.
-    """
-
-    path: str
-    role: str
-    op: str
-    pattern: str = ""
-    signed: bool | None = True
-    first: bool = False
-    last: bool = False
-    depthwise: bool = False
-    source: str | None = None
-    slot: str = ""
-
-    @property
-    def key(self) -> str:
-        return f"{self.path}.{self.slot or 'lowbit_' + self.role}"
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """A convolution or linear layer: its norm, and where the grid of its input is declared (a site key)."""
-
-    path: str
-    op: str
-    pattern: str
-    batch_norm: str | None
-    first: bool
-    last: bool
-    depthwise: bool
-    grid_of_input: str
-
-
-@dataclass(frozen=True)
-class OpPlan:
-    """A functional call, or a parameterless module, that becomes a low-bit op under ``path``."""
-
-    path: str
-    owner: str
-    key: CallKey
-    kind: Kind
-    in_place_of: str | None  # path of the module to replace; None: a call in the owner's forward
-    call: Call
-
-
-@dataclass
-class Plan:
-    layers: list[LayerPlan] = field(default_factory=list)
-    ops: list[OpPlan] = field(default_factory=list)
-    sites: list[Site] = field(default_factory=list)
-    ties: list[list[str]] = field(default_factory=list)  # site keys that share one step
-    same_grid: set[str] = field(default_factory=set)  # of those, keys that share the sign too (concat)
-    operands: dict[str, list[str]] = field(default_factory=dict)  # op path -> keys that declare its operands' grids
 
 
 def make_plan(root: nn.Module, flow: Flow, convertible: set[str], kept: set[str]) -> Plan:
@@ -106,12 +36,15 @@ class _Planner:
                 self.by_path[call.path].append(call)
         self.fold: dict[str, str] = {}  # conv path -> norm path
         self.names: dict[int, str] = {}  # id(call) -> path of the module that will hold its quantizers
-        self.union = _Union()
+        self.union = Union()
         self.sites: dict[str, Site] = {}
+        self.signs: dict[int, bool | None] = {}
+        self.arrives_on: dict[str, list[str]] = {}  # layer -> the site that declares the grid of its first input
 
     # -- the passes, in order ----------------------------------------------------------------------------------
     def plan(self) -> Plan:
         self._pair_norms()
+        self._leave_float()
         self._name_ops()
         for call in self.flow.calls:
             if call.kind in PRODUCERS:
@@ -125,6 +58,7 @@ class _Planner:
                 self._layer(call)
         self.result.sites = list(self.sites.values())
         self.result.ties = self.union.groups(self.sites)
+        self._tie_weights()
         return self.result
 
     def _pair_norms(self) -> None:
@@ -142,21 +76,42 @@ class _Planner:
             if norm_calls[0].kind is Kind.BATCH_NORM and fed_by_us:
                 self.fold[path] = norm
 
+    def _leave_float(self) -> None:
+        """Operations of float code, fed by no converted layer and read by none: a mean inside a norm, a loss."""
+        on_grid: set[int] = set()
+        for call in self.flow.calls:
+            if call.kind in (Kind.COMPUTE, Kind.BATCH_NORM):
+                covered = not self._float_result(call)
+            else:
+                covered = call.kind is not Kind.FLOAT and any(id(source) in on_grid for source in call.inputs)
+            if covered:
+                on_grid.add(id(call))
+        for call in reversed(self.flow.calls):  # readers first: what only they would want is not wanted
+            if call.kind in REWRITTEN and id(call) not in on_grid and not self._wants(call):
+                call.kind = Kind.FLOAT
+
     def _name_ops(self) -> None:
         """Give every functional call, and every call of a shared parameterless module, a module of its own."""
         used = {path for path, _ in self.root.named_modules()}
         named: dict[tuple[str, CallKey], str] = {}
+        callers: dict[str, set[tuple[str, CallKey]]] = defaultdict(set)
+        for call in self.flow.calls:
+            if call.alias is not None:
+                callers[call.alias].add((call.owner, call.key))
+        overwriting = {(call.owner, call.key) for call in self.flow.calls if call.overwrites}
         for call in self.flow.calls:
             if call.kind not in REWRITTEN:
                 if call.path is not None:
                     self.names[id(call)] = call.path
                 continue
-            alone = call.path is not None and len({(c.owner, c.key) for c in self.by_path[call.path]}) == 1
-            if call.path is not None and (alone or call.kind is Kind.ACTIVATION):
+            if call.kind is Kind.ACTIVATION and call.path is not None:
                 self.names[id(call)] = call.path
-                if call.kind is not Kind.ACTIVATION and (call.owner, call.key) not in named:
-                    named[call.owner, call.key] = call.path
-                    self.result.ops.append(OpPlan(call.path, call.owner, call.key, call.kind, call.path, call))
+                continue
+            if call.alias is not None and len(callers[call.alias]) == 1:
+                self.names[id(call)] = call.alias
+                if (call.owner, call.key) not in named:
+                    named[call.owner, call.key] = call.alias
+                    self.result.ops.append(OpPlan(call.alias, call.owner, call.key, call.kind, call.alias, call))
                 continue
             if (call.owner, call.key) not in named:
                 stem = f"{call.owner}." if call.owner else ""
@@ -169,6 +124,7 @@ class _Planner:
                 named[call.owner, call.key] = name
                 self.result.ops.append(OpPlan(name, call.owner, call.key, call.kind, None, call))
             self.names[id(call)] = named[call.owner, call.key]
+        self.result.ops = [replace(op, overwrites=(op.owner, op.key) in overwriting) for op in self.result.ops]
 
     # -- sites -------------------------------------------------------------------------------------------------
     def _readers(self, call: Call) -> Iterable[Call]:
@@ -198,6 +154,8 @@ class _Planner:
 
     def _produce(self, call: Call) -> None:
         wants = self._wants(call)
+        if call.kind is Kind.AVG_POOL and not wants:
+            wants = {"operand"}  # a mean is on no grid before it is rounded
         if not wants or self._float_result(call) or (call.kind is Kind.COMPUTE and call.path in self.fold):
             return
         role = "operand" if "operand" in wants else "output"
@@ -212,6 +170,11 @@ class _Planner:
         self.sites[key] = Site(path, role, op, pattern, self._signed(call), slot="lowbit_output")
 
     def _signed(self, call: Call) -> bool | None:
+        if id(call) not in self.signs:
+            self.signs[id(call)] = self._find_sign(call)
+        return self.signs[id(call)]
+
+    def _find_sign(self, call: Call) -> bool | None:
         if call.kind is Kind.RELU:
             return False
         if call.kind in (Kind.COMPUTE, Kind.BATCH_NORM):
@@ -219,7 +182,7 @@ class _Planner:
         if call.kind in (Kind.AVG_POOL, Kind.ADD, Kind.KEEP, Kind.CAT):
             signs = {self._signed(source) for source in call.inputs}
             return True if True in signs else None if None in signs else False
-        return True if call in self.flow.entries else None
+        return True if call in self.flow.heads else None  # behind code that was not followed the data decide
 
     def _pattern(self, call: Call) -> str:
         """Name the merged chain that ends in ``call``, back to its layer: conv2d+bn+relu."""
@@ -265,13 +228,16 @@ class _Planner:
     def _read_input(self, call: Call) -> None:
         assert call.path is not None
         sources = self._source_keys(call.inputs[0])
-        site = Site(
-            call.path, "input", COMPUTE[type(call.target)], "", self._signed(call.inputs[0]),
-            source=self.sites[sources[0]].role if sources and sources[0] in self.sites else None, slot="lowbit_input",
-        )  # fmt: skip
+        role = self.sites[sources[0]].role if sources else None
+        signed = self._signed(call.inputs[0])
+        site = Site(call.path, "input", COMPUTE[type(call.target)], "", signed, source=role, slot="lowbit_input")
         known = self.sites.get(site.key)
-        if known is None or (known.source is not None and site.source is None):
-            self.sites[site.key] = site
+        if known is not None:  # called again; what arrives on two grids, or on none, is quantized by the layer itself
+            same = sources[:1] == self.arrives_on[call.path]
+            signed = signed if signed == known.signed else True if True in (signed, known.signed) else None
+            site = replace(known, signed=signed, source=known.source if same else None)
+        self.arrives_on.setdefault(call.path, sources[:1])
+        self.sites[site.key] = site
 
     def _read_operand(self, call: Call, index: int) -> list[str]:
         source = call.inputs[index]
@@ -324,10 +290,24 @@ class _Planner:
 
     def _ends(self, call: Call) -> tuple[bool, bool]:
         """First and last by graph order; by registration order where a layer stands alone in untraced code."""
-        if call.key == ("", 0) and call.owner == "":
+        if call.alone:
             order = [path for path, m in self.root.named_modules() if type(m) in COMPUTE]
             return call.path == order[0], call.path == order[-1]
         return not _reaches(call, "inputs"), not _reaches(call, "readers")
+
+    def _tie_weights(self) -> None:
+        """Layers that multiply with one Parameter do so on one grid."""
+        groups: dict[int, list[LayerPlan]] = defaultdict(list)
+        for layer in self.result.layers:
+            if layer.batch_norm is None:  # a folded norm makes another tensor of it
+                groups[id(self.root.get_submodule(layer.path).weight)].append(layer)
+        for layers in groups.values():
+            if len(layers) > 1:
+                first, last = any(layer.first for layer in layers), any(layer.last for layer in layers)
+                for layer in layers:
+                    self.result.layers[self.result.layers.index(layer)] = replace(layer, first=first, last=last)
+                self.result.ties.append([f"{layer.path}.lowbit_weight" for layer in layers])
+                self.result.same_grid.update(self.result.ties[-1])
 
 
 def _reaches(call: Call, direction: str) -> bool:
@@ -342,24 +322,3 @@ def _reaches(call: Call, direction: str) -> bool:
             return True
         stack.extend(getattr(other, direction))
     return False
-
-
-class _Union:
-    def __init__(self) -> None:
-        self.parent: dict[str, str] = {}
-
-    def find(self, key: str) -> str:
-        while (parent := self.parent.setdefault(key, key)) != key:
-            key = parent
-        return key
-
-    def join(self, keys: list[str]) -> None:
-        for key in keys[1:]:
-            self.parent[self.find(key)] = self.find(keys[0])
-
-    def groups(self, sites: dict[str, Site]) -> list[list[str]]:
-        found: dict[str, list[str]] = defaultdict(list)
-        for key in sites:
-            if key in self.parent:
-                found[self.find(key)].append(key)
-        return [keys for keys in found.values() if len(keys) > 1]

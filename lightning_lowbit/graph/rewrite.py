@@ -14,7 +14,16 @@ import torch.fx
 from torch import nn
 
 from lightning_lowbit.errors import UnsupportedModelError
-from lightning_lowbit.graph.trace import CallKey, Untraceable, call_keys, constants, trace_container
+from lightning_lowbit.graph.network import placed_calls
+from lightning_lowbit.graph.trace import (
+    CallKey,
+    Untraceable,
+    bound_arguments,
+    call_keys,
+    constants,
+    location,
+    trace_container,
+)
 
 __all__ = ["TracedForward"]
 
@@ -27,26 +36,49 @@ class TracedForward:
         path: its path, for messages.
         instead: calls to replace, with the name of the child that takes the same arguments.
         after: calls whose result then passes a child.
+        planned: the calls of the forwards that the plan was made for, one tuple per variant.
     """
 
-    def __init__(self, module: nn.Module, path: str, instead: dict[CallKey, str], after: dict[CallKey, str]) -> None:
-        self.module, self.path, self.instead, self.after = module, path, instead, after
-        parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    def __init__(
+        self, module: nn.Module, path: str, instead: dict[CallKey, str], after: dict[CallKey, str],
+        planned: set[tuple[CallKey, ...]],
+    ) -> None:  # fmt: skip
+        self.module, self.path, self.instead, self.after, self.planned = module, path, instead, after, planned
+        parameters = list(self.__signature__.parameters.values())
         self.steered = any(p.default is not p.empty or p.kind is p.VAR_KEYWORD for p in parameters)
-        self.functions: dict[Any, Any] = {}
+        self.functions: dict[Any, tuple[Any, list[str]]] = {}
         self.compiled = False
-        self.__signature__ = inspect.signature(type(module).forward).replace(parameters=parameters)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        signature = inspect.signature(type(self.module).forward)
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        variant: Any = self.module.training
-        fixed: dict[str, Any] = {}
-        if self.steered:
-            fixed = constants(self.module, args, kwargs)
-            variant = (variant, *fixed.items())
-        function = self.functions.get(variant)
-        if function is None:
-            function = self.functions[variant] = self._write(fixed)
-        return function(self.module, *args, **kwargs)
+        if not self.steered:
+            function, _ = self._function(self.module.training, {})
+            return function(self.module, *args, **kwargs)
+        fixed = constants(self.module, args, kwargs)
+        function, parameters = self._function((self.module.training, *fixed.items()), fixed)
+        bound = bound_arguments(self.module, args, kwargs)
+        if bound is None:
+            return type(self.module).forward(self.module, *args, **kwargs)  # raises Python's own TypeError
+        positional: list[Any] = []
+        keywords: dict[str, Any] = {}
+        for name in parameters:
+            kind = self.__signature__.parameters[name].kind
+            if kind is inspect.Parameter.VAR_KEYWORD:
+                keywords = bound.get(name, {})
+            elif kind is inspect.Parameter.VAR_POSITIONAL:
+                positional.extend(bound.get(name, ()))
+            else:
+                positional.append(bound[name])
+        return function(self.module, *positional, **keywords)
+
+    def _function(self, variant: Any, fixed: dict[str, Any]) -> tuple[Any, list[str]]:
+        if variant not in self.functions:
+            self.functions[variant] = self._write(fixed)
+        return self.functions[variant]
 
     def compile(self) -> None:
         """Compile the written functions from now on."""
@@ -57,14 +89,13 @@ class TracedForward:
         return {**self.__dict__, "functions": {}}  # written again from the class's code when first called
 
     @torch.compiler.disable  # tracing happens once, before the graph that dynamo looks at
-    def _write(self, fixed: dict[str, Any]) -> Any:
+    def _write(self, fixed: dict[str, Any]) -> tuple[Any, list[str]]:
         graph = trace_container(self.module, self.path, self.module.training, fixed)
         if isinstance(graph, Untraceable):
-            raise UnsupportedModelError(
-                f"{self.path or type(self.module).__name__}: called with {fixed or 'other arguments'}, its forward cannot be "
-                f"followed ({graph.where}: {graph.reason}), so its functional operations would stay off the grid. Convert "
-                f"with skip=['{self.path}'], or take the branch out of forward."
-            )
+            self._refuse(fixed, f"cannot be followed ({graph.where}: {graph.reason})")
+        elif placed_calls(graph) not in self.planned:
+            self._refuse(fixed, f"makes other calls than the one that was planned ({self._first_new(graph)})")
+        assert isinstance(graph, torch.fx.Graph)
         for node, key in call_keys(graph).items():
             if key in self.instead:
                 node.op, node.target = "call_module", self.instead[key]
@@ -72,8 +103,25 @@ class TracedForward:
                 with graph.inserting_after(node):
                     passed = graph.call_module(self.after[key], (node,))
                 node.replace_all_uses_with(passed, delete_user_cb=lambda user, new=passed: user is not new)
+        parameters = [str(node.meta["parameter"]) for node in graph.nodes if node.op == "placeholder"]
         code = graph.python_code("self")
         namespace = dict(code.globals)
         exec(compile(code.src, f"<lightning_lowbit forward of {type(self.module).__name__}>", "exec"), namespace)
         written = namespace["forward"]
-        return torch.compile(written) if self.compiled else written
+        return (torch.compile(written) if self.compiled else written), parameters
+
+    def _first_new(self, graph: torch.fx.Graph) -> str:
+        """Where the forward leaves the plan."""
+        nodes = {key: node for node, key in call_keys(graph).items()}
+        known = {key for variant in self.planned for key in variant}
+        new = [key for key in placed_calls(graph) if key not in known]
+        return f"{new[0][0]} in {location(nodes[new[0]])}" if new else "some are left out"
+
+    def _refuse(self, fixed: dict[str, Any], why: str) -> None:
+        given = ", ".join(f"{name}={value!r}" for name, value in fixed.items()) or "these arguments"
+        path = self.path or type(self.module).__name__
+        raise UnsupportedModelError(
+            f"{path}: with {given} in {'training' if self.module.training else 'evaluation'}, its forward {why}; "
+            "functional operations would stay off the grid unseen. The plan is made for the arguments' defaults and "
+            f"for the calls in the network's own code. Convert with skip=['{path}'], or make the branch a module."
+        )

@@ -102,19 +102,33 @@ def trace_container(
         effects.append("it makes a tensor without its inputs (torch.tensor, torch.arange, torch.randn); register a buffer")
     if effects:
         return Untraceable(path, f"{type(module).__qualname__}.forward", effects[0])
+    _name_parameters(graph, module)
     for node in reversed(list(graph.nodes)):  # the checks that torch.fx adds for fixed arguments
         if node.op == "call_function" and (node.target in _ASSERTS or (node.target is operator.eq and not node.users)):
             graph.erase_node(node)
     return graph
 
 
+def _name_parameters(graph: torch.fx.Graph, module: nn.Module) -> None:
+    """Keep the user's parameter names: torch.fx numbers those that have fixed values, and moves ``*args`` behind."""
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    collecting = [p for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for node, parameter in zip(placeholders, [p for p in parameters if p not in collecting] + collecting, strict=True):
+        node.meta["parameter"] = parameter.name
+
+
 @contextmanager
 def _untouched(module: nn.Module, training: bool) -> Iterator[list[str]]:
     """Put ``module`` back as it was, and report what its forward did besides computing."""
-    attributes, buffers, was_training = dict(module.__dict__), dict(module._buffers), module.training
+    attributes: dict[str, Any] = dict(module.__dict__)
+    buffers, was_training = dict(module._buffers), module.training
     contents = {name: copy.copy(value) for name, value in attributes.items() if isinstance(value, (list, dict, set))}
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     module.__dict__.pop("forward", None)  # a forward installed by an earlier conversion
+    # Nor the children that it brought: a forward that iterates over its children must not meet them.
+    own = {name: child for name, child in module._modules.items() if not name.startswith("lowbit_")}
+    module.__dict__["_modules"] = own
     module.training = training
     for name in ("log", "log_dict"):
         if callable(getattr(module, name, None)):

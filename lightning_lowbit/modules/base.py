@@ -13,17 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lowbit.errors import ConfigError
-from lightning_lowbit.graph.patterns import Site
+from lightning_lowbit.graph.plan import Site
+from lightning_lowbit.modules.links import Link, Links
 
 if TYPE_CHECKING:
     from lightning_lowbit.modules.quantizer import Quantizer
 
 __all__ = [
-    "Link", "LowBitModule", "Milestone", "Mode", "Moment", "Scheme", "Site", "StepContext", "Switch", "Tally", "UpdateRule",
-    "float_mode", "low_bit_modules", "switch_of",
+    "Link", "Links", "LowBitModule", "Milestone", "Mode", "Moment", "Scheme", "Site", "StepContext", "Switch", "Tally",
+    "UpdateRule", "float_mode", "low_bit_modules", "switch_of",
 ]  # fmt: skip
 
-Moment = float | int | str
+Moment = int | float | str
 """A point of a run: float in (0, 1) = fraction, int = epoch, "500 steps" = step, 0 = at once."""
 
 
@@ -84,20 +85,6 @@ class Switch:
         return self.mode is Mode.LOWBIT and self.started
 
 
-@dataclass
-class Link:
-    """One carrier on its way from producer to consumer, for schemes whose exponents change from batch to batch.
-
-    The producer writes ``exponent`` when it makes the tensor, the consumer writes ``err_exponent`` when its
-    backward returns the error: int32 0-dim tensors, written in place. A tensor that forks has a link for each
-    reader; the producer then takes the smallest error exponent (sums stay exact) and quantizes once. A layer
-    called more than once takes the links of its calls in turn.
-    """
-
-    exponent: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int32))
-    err_exponent: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int32))
-
-
 @dataclass(frozen=True)
 class Milestone:
     """``what`` happens from the moment ``when`` on; asked of every low-bit module and of the update rule."""
@@ -136,6 +123,10 @@ class UpdateRule(ABC):
     def milestone(self, what: str, reached: bool, when: int) -> None:  # noqa: B027  # optional
         """A scheduled event, due from step ``when`` on: reached, or (again) not yet."""
 
+    def waiting(self) -> list[str]:
+        """Names of trained parameters that hold a gradient which no step has used."""
+        return []
+
     def state_dict(self) -> dict[str, Any]:
         """Plain types and tensors, by parameter name."""
         return {}
@@ -162,9 +153,13 @@ class Scheme:
         """What becomes of a norm behind a layer (``site`` is the layer's output): keep | fold | quantize | island."""
         return "keep"
 
-    def compute(self, layer: nn.Module, *operands: Any) -> Tensor:
-        """The operation itself; for a layer the operands are input, weight and bias (None without)."""
-        return layer.op(*operands)  # type: ignore[no-any-return, operator]  # every LowBitModule has op
+    def compute(self, layer: nn.Module, *operands: Any, **settings: Any) -> Tensor:
+        """The operation itself; for a layer the operands are input, weight and bias (None without).
+
+        Where ``links`` are laid, a scheme takes the exponents of the operands from ``layer.links.receive()`` and hands
+        that of its result to ``layer.links.send()``.
+        """
+        return layer.op(*operands, **settings)  # type: ignore[no-any-return, operator]  # every LowBitModule has op
 
     def prepare(self, layer: nn.Module) -> None:
         """A last word on a converted layer before the run, e.g. weights moved onto their integer grid."""
@@ -205,12 +200,11 @@ class LowBitModule(nn.Module):
     scheme: Scheme
     switch: Switch
     pattern: str
-    links_in: list[Link]
-    links_out: list[Link]
+    links: Links  # laid where Scheme.links
 
     def attach(self, path: str, scheme: Scheme, switch: Switch, pattern: str) -> None:
         self.path, self.scheme, self.switch, self.pattern = path, scheme, switch, pattern
-        self.links_in, self.links_out = [], []
+        self.links = Links()
 
     def milestone(self, what: str, reached: bool) -> None:
         """A scheduled event; modules ignore what is not theirs."""

@@ -2,57 +2,37 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_lowbit.errors import ConfigError, UnsupportedModelError, nearest
+from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.graph.network import Flow, follow
-from lightning_lowbit.graph.ops import COMPUTE, FLOAT_BY_NATURE, Kind
-from lightning_lowbit.graph.patterns import LayerPlan, OpPlan, Plan, Site, make_plan
+from lightning_lowbit.graph.ops import Kind, multiplies
+from lightning_lowbit.graph.patterns import make_plan
+from lightning_lowbit.graph.plan import LayerPlan, OpPlan, Plan, Site
 from lightning_lowbit.graph.rewrite import TracedForward
-from lightning_lowbit.modules.base import Link, LowBitModule, Scheme, Switch, low_bit_modules
+from lightning_lowbit.modules.base import LowBitModule, Scheme, Switch, low_bit_modules
 from lightning_lowbit.modules.elementwise import LowBitOp, make_op
 from lightning_lowbit.modules.layers import LAYERS, LowBitLayer
-from lightning_lowbit.modules.norm import NORMS, LowBitBatchNorm
+from lightning_lowbit.modules.norm import NORMS
 from lightning_lowbit.modules.quantizer import Quantizer
+from lightning_lowbit.modules.selection import (
+    Pattern,
+    Selection,
+    check_layers,
+    check_patterns,
+    float_by_nature,
+    left_out,
+    norms_to_keep,
+    wanted_layers,
+)
+from lightning_lowbit.modules.slow_path import SlowPath
+from lightning_lowbit.modules.wiring import connect
 
-__all__ = ["Conversion", "PassThrough", "Selection", "convert_module", "is_converted", "quantizers"]
-
-Pattern = str | type[nn.Module]
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which layers the user wants converted: module-path globs or layer classes.
-
-    ``include`` narrows what is converted; ``skip`` wins over it and also accepts a refusal that names a path.
-    """
-
-    skip: Sequence[Pattern] = ()
-    include: Sequence[Pattern] | None = None
-
-    def skips(self, path: str, module: nn.Module) -> bool:
-        return _matches(self.skip, path, module)
-
-    def wants(self, path: str, module: nn.Module) -> bool:
-        return not self.skips(path, module) and (self.include is None or _matches(self.include, path, module))
-
-
-def _matches(patterns: Iterable[Pattern], path: str, module: nn.Module) -> bool:
-    for pattern in patterns:
-        if isinstance(pattern, str):
-            parts = path.split(".")  # a pattern that names a container takes all that it holds
-            if any(fnmatch.fnmatchcase(".".join(parts[: n + 1]), pattern) for n in range(len(parts))):
-                return True
-        elif isinstance(module, pattern):
-            return True
-    return False
+__all__ = ["Conversion", "PassThrough", "Pattern", "Selection", "convert_module", "is_converted", "quantizers"]
 
 
 @dataclass
@@ -94,91 +74,35 @@ def convert_module(
         UnsupportedModelError: a layer that would be quietly bypassed; the message names it and the way around.
     """
     selection = selection or Selection()
-    _check_patterns(root, selection)
-    _check_layers(root, selection)
-    result = Conversion()
-    wanted = _wanted(root, selection, result)
-    for module in root.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0  # evaluation takes the same path as training: our linears run
+    if is_converted(root):
+        raise ConfigError(
+            f"{type(root).__name__} is converted already. Convert a float module, or take the low-bit layers out first "
+            "with lightning_lowbit.modules.revert.revert(module)."
+        )
+    check_patterns(root, selection)
+    check_layers(root, selection)
+    wanted = wanted_layers(root, selection)
+    result = Conversion(skipped=left_out(root, selection), float_by_nature=float_by_nature(root))
     flow = follow(root)
-    plan = make_plan(root, flow, wanted, _norms_to_keep(root, scheme))
+    plan = make_plan(root, flow, wanted, norms_to_keep(root, scheme))
+    result.uncovered = _uncovered(root, flow, wanted)
     builder = _Builder(root, scheme, plan, flow)
     builder.build(ties)
     builder.switch.conversion = result
     result.layers, result.sites = plan.layers, [q.site for _, q in quantizers(root)]
     result.ties = ties if ties is not None else _present(plan.ties, {site.key for site in result.sites})
-    result.uncovered = _uncovered(root, flow, wanted)
     return result
 
 
-# -- what is converted -------------------------------------------------------------------------------------------
-def _check_patterns(root: nn.Module, selection: Selection) -> None:
-    paths = dict(root.named_modules())
-    for name, patterns in (("skip", selection.skip), ("include", selection.include or ())):
-        for pattern in patterns:
-            if not any(_matches([pattern], path, module) for path, module in paths.items() if path):
-                known = nearest(pattern, paths) if isinstance(pattern, str) else ""
-                raise ConfigError(f"{name}: {pattern!r} matches no module of {type(root).__name__}.{known}")
-
-
-def _check_layers(root: nn.Module, selection: Selection) -> None:
-    for path, module in root.named_modules():
-        if isinstance(module, nn.MultiheadAttention) and selection.wants(path, module):
-            raise UnsupportedModelError(
-                f"{path}: nn.MultiheadAttention multiplies with its projections' weights without calling them, so they "
-                f"would stay float unseen. Accept that with skip=['{path}'] (what stands around it is converted), or use "
-                "an attention written with nn.Linear layers."
-            )
-
-
-def _wanted(root: nn.Module, selection: Selection, result: Conversion) -> set[str]:
-    wanted, layers = set(), 0
-    for path, module in root.named_modules():
-        if isinstance(module, FLOAT_BY_NATURE):
-            result.float_by_nature.setdefault(type(module).__name__, []).append(path)
-        if type(module) in COMPUTE:
-            layers += 1
-            if not path:
-                raise ConfigError(
-                    f"{type(module).__name__}: the module itself is one layer, which cannot be replaced in place. "
-                    "Put it in a container, e.g. nn.Sequential(layer)."
-                )
-            if selection.wants(path, module):
-                wanted.add(path)
-            else:
-                result.skipped[path] = "by skip=" if selection.skips(path, module) else "not in include="
-        elif isinstance(module, tuple(COMPUTE)) and not isinstance(module, LowBitLayer):
-            result.skipped[path] = f"{type(module).__qualname__} is a subclass of a torch layer with code of its own"
-    if not wanted:
-        lazy = any(isinstance(m, nn.modules.lazy.LazyModuleMixin) for m in root.modules())
-        found = f"{layers} layers, all left out by skip= and include=" if layers else "none of them"
-        raise ConfigError(
-            f"{type(root).__name__}: nothing to convert. Expected nn.Linear, nn.Conv1d/2d/3d or nn.ConvTranspose1d/2d/3d, "
-            f"found {found}." + (" Lazy layers have no weights yet: run one batch first." if lazy else "")
-        )
-    return wanted
-
-
-def _norms_to_keep(root: nn.Module, scheme: Scheme) -> set[str]:
-    kept = set()
-    for path, module in root.named_modules():
-        if isinstance(module, _BatchNorm):
-            foldable = type(module) in NORMS and module.track_running_stats and module.running_mean is not None
-            answer = scheme.batch_norm(Site(path, "output", "batch_norm"))
-            if not foldable or answer != "fold":
-                kept.add(path)
-    return kept
-
-
 def _uncovered(root: nn.Module, flow: Flow, wanted: set[str]) -> list[str]:
+    """Code that was not followed, and float functions that feed a converted layer or multiply by themselves."""
     notes = [f"{u.path or type(root).__name__} ({u.where}): {u.reason}" for u in flow.untraced]
     for call in flow.calls:
-        if call.kind is Kind.FLOAT and call.path is None and call.target != "input" and any(
-            reader.path in wanted for reader in call.readers
-        ):
+        if call.kind is not Kind.FLOAT or call.path is not None:
+            continue
+        if multiplies(call.target) or any(reader.path in wanted for reader in call.readers):
             notes.append(f"{call.name} ({call.where}) stays float")
-    return notes
+    return list(dict.fromkeys(notes))
 
 
 def _present(ties: list[list[str]], keys: set[str]) -> list[list[str]]:
@@ -205,14 +129,17 @@ class _Builder:
         self._operand_grids()
         self._tie(self.plan.ties if ties is None else ties, exact=ties is not None)
         if self.scheme.links:
-            self._link()
+            connect(self.root, self.flow, self.plan)
         self._rewrite()
+        for module in self.root.modules():
+            if SlowPath.applies(module) and "forward" not in module.__dict__ and _holds_low_bit(module):
+                module.__dict__["forward"] = SlowPath(module, self.switch)
         for path, module in low_bit_modules(self.root):
             if isinstance(module, LowBitLayer):
                 self.scheme.prepare(module)
 
     def _op(self, plan: OpPlan) -> None:
-        op = make_op(plan.kind, plan.call.target)
+        op = make_op(plan.kind, plan.call.target, plan.overwrites)
         pattern = next((s.pattern for s in self.plan.sites if s.path == plan.path), plan.kind.value)
         op.attach(plan.path, self.scheme, self.switch, pattern or plan.kind.value)
         parent, _, name = plan.path.rpartition(".")
@@ -220,6 +147,8 @@ class _Builder:
         op.train(owner.training if plan.in_place_of is None else self.root.get_submodule(plan.path).training)
         if plan.in_place_of is not None:
             op.__dict__["replaced"] = owner._modules[name]  # not registered; revert puts it back
+        if isinstance(plan.call.target, nn.Module):
+            _share_hooks(plan.call.target, op)
         owner._modules[name] = op
 
     def _layer(self, plan: LayerPlan) -> None:
@@ -284,17 +213,6 @@ class _Builder:
                 member.group = group
             group[0].share(group, same_grid)
 
-    def _link(self) -> None:
-        for call in self.flow.calls:
-            module = self.root.get_submodule(call.path) if call.path is not None else None
-            for source in call.inputs:
-                producer = self.root.get_submodule(source.path) if source.path is not None else None
-                link = Link()
-                if isinstance(module, LowBitModule):
-                    module.links_in.append(link)
-                if isinstance(producer, LowBitModule):
-                    producer.links_out.append(link)
-
     def _rewrite(self) -> None:
         instead: dict[str, dict[Any, str]] = {}
         after: dict[str, dict[Any, str]] = {}
@@ -304,7 +222,9 @@ class _Builder:
                 place.setdefault(op.owner, {})[op.key] = op.path.rpartition(".")[2]
         for owner in {**instead, **after}:
             module = self.root.get_submodule(owner)
-            module.__dict__["forward"] = TracedForward(module, owner, instead.get(owner, {}), after.get(owner, {}))
+            module.__dict__["forward"] = TracedForward(
+                module, owner, instead.get(owner, {}), after.get(owner, {}), self.flow.planned[owner]
+            )
 
 
 @dataclass(eq=False)
@@ -315,6 +235,22 @@ class PassThrough:
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         return self.quantizer(output)
+
+
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
+)  # fmt: skip
+
+
+def _share_hooks(module: nn.Module, op: LowBitOp) -> None:
+    """The user's hooks run on what is called in the module's place; the same dicts, so later ones do too."""
+    for name in _HOOKS:
+        op.__dict__[name] = module.__dict__[name]
+
+
+def _holds_low_bit(module: nn.Module) -> bool:
+    return any(isinstance(child, LowBitModule) for child in module.modules())
 
 
 def _placed_like(quantizer: Quantizer, owner: nn.Module, root: nn.Module) -> Quantizer:

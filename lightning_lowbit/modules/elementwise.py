@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_lowbit.graph.ops import Kind
 from lightning_lowbit.modules.base import LowBitModule
+from lightning_lowbit.modules.pooling import WINDOW, pool
 from lightning_lowbit.modules.quantizer import Quantizer, on
 from lightning_lowbit.numerics.grid import Grid
 
@@ -32,8 +33,20 @@ class LowBitOp(LowBitModule):
     def __init__(self) -> None:
         super().__init__()
         self.register_module("lowbit_output", None)
+        self.overwrites = False
         self.__dict__["operand_grids"] = []
         self.__dict__["replaced"] = None
+
+    def op(self, *operands: Any) -> Tensor:
+        """The float operation, bit for bit what the user's code would do."""
+        raise NotImplementedError
+
+    def _run(self, first: Tensor, rest: Callable[[Tensor], Tensor]) -> Tensor:
+        """``rest`` of ``first``; where the user's code works in place and reads the tensor again, into it."""
+        if not self.overwrites:
+            return rest(first)
+        result = rest(first.clone())  # the backward of what is done here must find its operand unchanged
+        return first.copy_(result)
 
     def operand(self, index: int, x: Tensor) -> Tensor:
         return on(self._modules.get(f"lowbit_operand_{index}"), x)  # type: ignore[arg-type]  # a Quantizer by its slot
@@ -49,22 +62,27 @@ class LowBitOp(LowBitModule):
 
 
 class LowBitReLU(LowBitOp):
-    """max(x, 0), at most ``ceiling`` (6 for ReLU6); rectifier and quantizer are one step."""
+    """max(x, 0), at most 6 for ReLU6; rectifier and quantizer are one step."""
 
     lowbit_kind = Kind.RELU
 
-    def __init__(self, ceiling: float | None = None) -> None:
+    def __init__(self, six: bool = False) -> None:
         super().__init__()
-        self.ceiling = ceiling
+        self.six = six
 
     def op(self, x: Tensor) -> Tensor:
-        return F.relu(x) if self.ceiling is None else torch.clamp(x, 0.0, self.ceiling)
+        return F.relu6(x) if self.six else F.relu(x)
 
-    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
+    def forward(self, input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002  # torch's name for it
+        return self._run(input, self._rectify)
+
+    def _rectify(self, x: Tensor) -> Tensor:
+        if not self.switch.folding:
+            return self.op(x)
         if self.lowbit_output is None:
             return self.scheme.compute(self, x)
-        if self.ceiling is not None:
-            x = torch.clamp(x, max=self.ceiling)
+        if self.six:
+            x = torch.clamp(x, max=6.0)
         return self.lowbit_output(x, True)  # type: ignore[no-any-return]
 
 
@@ -76,9 +94,13 @@ class LowBitAdd(LowBitOp):
     def op(self, a: Tensor, b: Tensor) -> Tensor:
         return a + b
 
-    def forward(self, input: Tensor, other: Tensor) -> Tensor:  # noqa: A002  # the name that torch.add uses
-        y = self.scheme.compute(self, self.operand(0, input), self.operand(1, other))
-        return on(self.lowbit_output, y)
+    def forward(self, input: Tensor, other: Tensor) -> Tensor:  # noqa: A002
+        return self._run(input, lambda a: self._add(a, other))
+
+    def _add(self, a: Tensor, b: Tensor) -> Tensor:
+        if not self.switch.folding:
+            return self.op(a, b)
+        return on(self.lowbit_output, self.scheme.compute(self, self.operand(0, a), self.operand(1, b)))
 
     def result_grid(self) -> Grid | None:
         grids = self._common()
@@ -89,20 +111,26 @@ class LowBitAdd(LowBitOp):
 
 
 class LowBitCat(LowBitOp):
-    """Tensors of one grid, side by side."""
+    """Tensors of one grid, side by side (torch.cat) or along a new axis (torch.stack)."""
 
     lowbit_kind = Kind.CAT
 
+    def __init__(self, function: Callable[..., Tensor] = torch.cat) -> None:
+        super().__init__()
+        self.function = function
+
     def op(self, tensors: Sequence[Tensor], dim: int) -> Tensor:
-        return torch.cat(list(tensors), dim)
+        return self.function(tensors, dim)
 
     def forward(self, tensors: Sequence[Tensor], dim: int = 0, axis: int | None = None) -> Tensor:
+        dim = dim if axis is None else axis
+        if not self.switch.folding:
+            return self.op(tensors, dim)
         tensors = [self.operand(index, x) for index, x in enumerate(tensors)]
-        return on(self.lowbit_output, self.scheme.compute(self, tensors, dim if axis is None else axis))
+        return on(self.lowbit_output, self.scheme.compute(self, tensors, dim))
 
     def result_grid(self) -> Grid | None:
-        grids = self._common()
-        return grids[0] if grids else None
+        return max(self._common(), key=lambda grid: grid.bits, default=None)
 
 
 class LowBitAvgPool(LowBitOp):
@@ -129,11 +157,12 @@ class LowBitAvgPool(LowBitOp):
             return self.function(x, *args, **kwargs)
         if self.function is torch.mean:
             return _mean(x, *args, **kwargs)
-        window = _window(self.function, x, args, kwargs)
-        return self.function(x, *args, **kwargs) if window is None else _pool(x, *window)
+        return pool(self.function, x, *args, **kwargs)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return on(self.lowbit_output, self.scheme.compute(self, self.operand(0, x), *args, **kwargs))
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002
+        if not self.switch.folding:
+            return self.op(input, *args, **kwargs)
+        return on(self.lowbit_output, self.scheme.compute(self, self.operand(0, input), *args, **kwargs))
 
     def result_grid(self) -> Grid | None:
         return None if self.lowbit_output is None or not self.lowbit_output.ready else self.lowbit_output.grid()
@@ -147,89 +176,41 @@ class LowBitAfter(LowBitOp):
     def op(self, x: Tensor) -> Tensor:
         return x
 
-    def forward(self, x: Tensor) -> Tensor:
-        return on(self.lowbit_output, x)
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        return on(self.lowbit_output, input)
 
 
-def make_op(kind: Kind, target: Any) -> LowBitOp:
-    """The op that takes the place of a call: of a module (settings from it), a function or a method's name."""
+def make_op(kind: Kind, target: Any, overwrites: bool = False) -> LowBitOp:
+    """The op that takes the place of a call: of a module (settings from it), a function or a method's name.
+
+    Args:
+        overwrites: the user's code works in place, and reads the first operand again.
+    """
+    op = _new_op(kind, target)
+    op.overwrites = overwrites
+    return op
+
+
+def _new_op(kind: Kind, target: Any) -> LowBitOp:
     if kind is Kind.ADD:
         return LowBitAdd()
     if kind is Kind.CAT:
-        return LowBitCat()
+        return LowBitCat(target)
     if kind is Kind.ACTIVATION:
         return LowBitAfter()
     if kind is Kind.RELU:
-        return LowBitReLU(6.0 if isinstance(target, nn.ReLU6) or target is F.relu6 else None)
+        return LowBitReLU(isinstance(target, nn.ReLU6) or target is F.relu6)
     if isinstance(target, nn.Module):
-        name = type(target).__name__
-        function = getattr(F, _snake(name))
-        fields = ("output_size",) if "Adaptive" in name else ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
-        return LowBitAvgPool(function, {f: getattr(target, f) for f in fields})
+        name = "".join(f"_{c.lower()}" if c.isupper() else c for c in type(target).__name__).lstrip("_")
+        fields = [f for f in (*WINDOW, "output_size") if hasattr(target, f)]
+        return LowBitAvgPool(getattr(F, name), {f: getattr(target, f) for f in fields})
     return LowBitAvgPool(torch.mean if target == "mean" else target)
 
 
-def _snake(name: str) -> str:
-    return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
-
-
-def _mean(x: Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Tensor:
-    axes = [dim] if isinstance(dim, int) else list(dim)
-    return x.sum(dim=axes, keepdim=keepdim) / math.prod(x.shape[axis] for axis in axes)
-
-
-def _window(function: Any, x: Tensor, args: tuple[Any, ...], settings: dict[str, Any]) -> tuple[Any, ...] | None:
-    """Kernel, stride, padding, ceil_mode, count_include_pad of a pool, each a tuple over the spatial axes."""
-    dims = int(function.__name__[-2])
-    if function.__name__.startswith("adaptive"):
-        size = _tuple(args[0] if args else settings["output_size"], dims)
-        have = tuple(x.shape[-dims:])
-        size = tuple(h if s is None else s for s, h in zip(size, have, strict=True))
-        if any(h % s for s, h in zip(size, have, strict=True)):
-            return None
-        kernel = tuple(h // s for s, h in zip(size, have, strict=True))
-        return kernel, kernel, (0,) * dims, False, True
-    names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
-    given = {**dict(zip(names, args, strict=False)), **settings}
-    if given.get("divisor_override") is not None:
-        return None
-    kernel = _tuple(given["kernel_size"], dims)
-    stride = given.get("stride")
-    return (
-        kernel, _tuple(stride, dims) if stride else kernel, _tuple(given.get("padding", 0), dims),
-        given.get("ceil_mode", False), given.get("count_include_pad", True),
-    )  # fmt: skip
-
-
-def _pool(
-    x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], ceil_mode: bool, include: bool
-) -> Tensor:
-    """Window sums, then one division by the number of elements that count."""
-    dims = len(kernel)
-    if not any(padding) and tuple(x.shape[-dims:]) == kernel:  # global: a plain sum keeps any memory format
-        return x.sum(dim=list(range(-dims, 0)), keepdim=True) / math.prod(kernel)
-    sums = _window_sums(x, kernel, stride, padding, ceil_mode)
-    if not any(padding) and not ceil_mode:
-        return sums / math.prod(kernel)
-    ones = x.new_ones((1, 1, *x.shape[-dims:]))
-    if include:
-        pad = [p for size in reversed(padding) for p in (size, size)]
-        ones, padding = F.pad(ones, pad, value=1.0), (0,) * dims
-    return sums / _window_sums(ones, kernel, stride, padding, ceil_mode)
-
-
-def _window_sums(
-    x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], ceil_mode: bool
-) -> Tensor:
-    if len(kernel) == 3:
-        return F.avg_pool3d(x, kernel, stride, padding, ceil_mode, True, 1)
-    if len(kernel) == 1:  # avg_pool1d has no divisor_override
-        return F.avg_pool2d(x[..., None, :], (1, *kernel), (1, *stride), (0, *padding), ceil_mode, True, 1)[..., 0, :]
-    return F.avg_pool2d(x, kernel, stride, padding, ceil_mode, True, 1)  # type: ignore[arg-type]  # stubs want ints
-
-
-def _tuple(value: Any, dims: int) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,) * dims
+def _mean(x: Tensor, dim: Any = None, keepdim: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+    """torch.mean as a sum and one division."""
+    axes = list(range(x.dim())) if dim is None else [dim] if isinstance(dim, int) else list(dim)
+    return x.sum(dim=axes, keepdim=keepdim, dtype=dtype) / math.prod(x.shape[axis] for axis in axes)
 
 
 def _holding(low: int, high: int, exponent: int) -> Grid:

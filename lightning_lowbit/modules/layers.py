@@ -69,8 +69,12 @@ class LowBitLayer(LowBitModule):
     def forward(self, x: Tensor) -> Tensor:
         self.note_run()
         if not self.switch.folding:
-            y = self.op(x, self.weight, self.bias)
-            return y if self.lowbit_output is None else self.lowbit_output(y)
+            return self.op(x, self.weight, self.bias)
+        if self.norm is not None and self.channel_axis == -1 and x.dim() > 2:
+            raise UnsupportedModelError(
+                f"{self.path}: its input has {x.dim()} axes, and the batch norm behind it counts channels along axis "
+                f"1, the layer along the last. Convert with skip=['{self.path}']."
+            )
         with self.precision(x):
             if self.full_precision() and x.dtype != torch.float64:
                 x = x.float()
@@ -100,11 +104,9 @@ class LowBitLayer(LowBitModule):
             return self.weight, self.bias
         if norm.training and not self.norm_frozen and self.switch.mode is Mode.LOWBIT:
             y = self.op(x, self.weight, self.bias).to(self.weight.dtype)
-            if y.dim() > 2 and self.channel_axis == -1:
-                raise UnsupportedModelError(
-                    f"{self.path}: its output has {y.dim()} axes and the batch norm behind it counts channels along axis 1, "
-                    f"the layer along the last. Convert with skip=['{self.path}']."
-                )
+            norm._check_input_dim(y)
+            if y.numel() == y.shape[self.channel_axis]:
+                raise ValueError(f"{self.path}: expected more than one value per channel in training, got {y.shape}")
             mean, var, unbiased = batch_statistics(y, self.channel_axis)
             self._track(norm, mean.detach(), unbiased)
         else:

@@ -22,7 +22,8 @@ class LowBitBatchNorm(LowBitModule):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.switch.folding:
-            x = super().forward(x)
+            return super().forward(x)  # type: ignore[no-any-return, misc]  # torch's batch norm stands behind
+        self._check_input_dim(x)
         return on(self.lowbit_output, x)
 
 

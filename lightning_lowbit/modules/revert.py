@@ -10,17 +10,21 @@ from lightning_lowbit.modules.elementwise import LowBitOp
 from lightning_lowbit.modules.layers import LAYERS, LowBitLayer
 from lightning_lowbit.modules.norm import NORMS, LowBitBatchNorm
 from lightning_lowbit.modules.quantizer import Quantizer
+from lightning_lowbit.modules.slow_path import SlowPath
+from lightning_lowbit.modules.wiring import Rewind
 
 __all__ = ["revert"]
 
 _FLOAT = {low: plain for plain, low in (*LAYERS.items(), *NORMS.items())}
-_STATE = ("norm", "input_grid", "path", "scheme", "switch", "pattern", "links_in", "links_out", "norm_frozen", "requested")
+_STATE = (
+    "norm", "input_grid", "path", "scheme", "switch", "pattern", "links", "norm_frozen", "requested", "ungraded",
+)  # fmt: skip
 
 
 def revert(root: nn.Module) -> None:
     """Take all low-bit modules out again, in place; parameters and their names stay."""
     for parent in list(root.modules()):
-        if isinstance(parent.__dict__.get("forward"), TracedForward):
+        if isinstance(parent.__dict__.get("forward"), (TracedForward, SlowPath)):
             del parent.__dict__["forward"]
         for name, child in list(parent._modules.items()):
             if isinstance(child, Quantizer) or (child is None and name.startswith("lowbit_")):
@@ -30,14 +34,15 @@ def revert(root: nn.Module) -> None:
                     del parent._modules[name]
                 else:
                     parent._modules[name] = child.replaced
-        for key, hook in list(parent._forward_hooks.items()):
-            if isinstance(hook, PassThrough):
-                del parent._forward_hooks[key]
+        for hooks in (parent._forward_hooks, parent._forward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(hook, (PassThrough, Rewind)):
+                    del hooks[key]
     for module in root.modules():
         if isinstance(module, (LowBitLayer, LowBitBatchNorm)):
-            module._buffers.pop("lowbit_norm_frozen", None)
+            for name in [name for name in module._buffers if name.startswith("lowbit_")]:
+                del module._buffers[name]
+                module._non_persistent_buffers_set.discard(name)
             for name in _STATE:
                 module.__dict__.pop(name, None)
             module.__class__ = _FLOAT[type(module)]
-
-

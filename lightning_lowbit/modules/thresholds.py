@@ -74,7 +74,7 @@ class ThresholdQuantizer(Quantizer):
     def point(self) -> int:
         """s = 2^(ceil(log2_t) - point)."""
         members = [m for m in self.group if isinstance(m, ThresholdQuantizer)]
-        return max(m.bits for m in members) - int(any(m.signed for m in members))
+        return int(max(m.bits for m in members)) - int(any(m.signed for m in members))
 
     def exponent(self) -> Tensor:
         ceiling = self.log2_t.detach().reshape(()).ceil().clamp(-LOG2_T_LIMIT, LOG2_T_LIMIT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -12,11 +13,13 @@ import torch
 import torchmetrics
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.modules.quantizer import Quantizer
-from lightning_lowbit.plugins.order import generators_of
+from lightning_lowbit.plugins.order import RecordedOrder, generators_of
 from lightning_lowbit.plugins.patching import Patches
 
 __all__ = ["drive", "undisturbed"]
@@ -36,7 +39,9 @@ def drive(trainer: Any, module: Any, loaders: Any, limit: int, step: str) -> int
     Returns:
         number of batches fed.
     """
-    combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, "max_size_cycle" if step == "training_step" else "sequential")
+    combined = CombinedLoader(
+        apply_to_collection(loaders, DataLoader, _apart), "max_size_cycle" if step == "training_step" else "sequential"
+    )
     own = getattr(module, "calibration_step", None)
     count = 0
     with undisturbed(trainer, module, combined):
@@ -66,9 +71,23 @@ def drive(trainer: Any, module: Any, loaders: Any, limit: int, step: str) -> int
     return count
 
 
+def _apart(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """The same loader without its running iteration and without whoever records its order.
+
+    Calibration in mid-epoch must not take the workers of the training loop, nor be taken for its pass.
+    """
+    twin = copy.copy(loader)
+    for name, value in {"_iterator": None, "batch_sampler": loader.batch_sampler, "sampler": loader.sampler}.items():
+        object.__setattr__(twin, name, value.inner if isinstance(value, RecordedOrder) else value)
+    return twin
+
+
 def _arity(function: Any) -> int:
-    code = getattr(function, "__func__", function).__code__
-    return 3 if code.co_flags & 0x04 else max(1, code.co_argcount - 1)
+    """How many of (batch, batch_idx, dataloader_idx) a step takes."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return 3
+    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_lowbit.errors import ConfigError
 
-__all__ = ["check_checkpoint_file", "check_neighbors", "check_optimizers", "check_root_mode", "check_trainer"]
+__all__ = ["check_checkpoint_file", "check_neighbors", "check_optimizers", "check_root_mode", "check_stepped", "check_trainer"]
 
 # By name: the same classes exist in two Lightning namespaces.
 _COPIES_THE_MODEL = ("WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging")
@@ -70,6 +70,16 @@ def check_optimizers(trainer: Any) -> None:
                 "configure_optimizers: LBFGS evaluates the loss many times a step on a smooth function, which a quantized network is "
                 "not, and thresholds would step once for many evaluations. Use SGD or Adam."
             )
+
+
+def check_stepped(waiting: list[str]) -> None:
+    """Refuse an epoch in which trained ranges got gradients and no step came by; call it where none came."""
+    if waiting:
+        raise ConfigError(
+            f"{waiting[0]}: it got gradients for a whole epoch and was never stepped ({len(waiting)} such in all), so ranges would "
+            "stay at their calibration. A raw optimizer.step() passes the Trainer by: take the optimizers from self.optimizers(), "
+            "whose step() goes through it, or call lightning_lowbit.lowbit_step(self, optimizer) in its place."
+        )
 
 
 def check_checkpoint_file(path: Any, option: str) -> None:

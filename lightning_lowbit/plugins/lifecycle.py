@@ -74,6 +74,7 @@ class Lifecycle(Callback):
         self._restored: dict[str, Any] | None = None  # the run's section of the checkpoint that was read
         self._from_checkpoint = self._initialized = False
         self._reached: Any = None
+        self._steps_before_epoch: int | None = None  # None where the epoch was not quantized from its start
         self._tally = Tally()
 
     def replace(self, *milestones: Milestone) -> None:
@@ -234,13 +235,21 @@ class Lifecycle(Callback):
             )
         assert self.schedule is not None
         rank_zero_info(f"lightning_lowbit: {self.schedule}")
-        self._reached = None
+        self._reached = self._steps_before_epoch = None
         if self.compile:
             compile_in_place(pl_module)
         self._tick(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._tick(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        whole = switch_of(pl_module).started and not trainer.fit_loop._skip_backward
+        self._steps_before_epoch = trainer.precision_plugin.lowbit_steps if whole else None
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.rule is not None and self._steps_before_epoch == trainer.precision_plugin.lowbit_steps:
+            checks.check_stepped(self.rule.waiting())
 
     def _tick(self, trainer: Any, pl_module: Any) -> None:
         """What is due is a function of the step alone."""

@@ -102,13 +102,14 @@ def low_bit(base: Any, model: nn.Module, context: Callable[[], StepContext]) -> 
     cls = _class_for(type(base))
     plugin = object.__new__(cls)
     plugin.__dict__.update(base.__dict__)
-    plugin.__dict__["lowbit_model"], plugin.__dict__["lowbit_context"] = model, context
+    plugin.__dict__.update(lowbit_model=model, lowbit_context=context, lowbit_steps=0)
     return plugin
 
 
 @functools.cache
 def _class_for(base: type) -> type:
     def optimizer_step(self: Any, optimizer: Any, model: Any, closure: Any, **kwargs: Any) -> Any:
+        self.lowbit_steps += 1
         scaler = getattr(self, "scaler", None)
         context: StepContext = self.lowbit_context()
         if scaler is not None and scaler.is_enabled():

@@ -1,4 +1,4 @@
-"""``summarize``: every tensor's grid and saturation, whether float sums are exact, and what follows from it."""
+"""``summarize``: every tensor's grid and saturation, whether float sums are exact, and what follows."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def summarize(module: nn.Module, tally: Tally | None = None) -> Report:
         f"{len(conversion.layers)} of {total} layers low-bit, scheme {low[0][1].scheme.name}{shared}"
     )
     report.notes.append(
-        "grid: int4·2^-3 = signed 4-bit codes worth 2^-3 each; a layer's is input × weights. saturated: share of the "
-        "worst of its tensors. exact: its float sums are proved to be the integer sums"
+        "grid: int4·2^-3 = signed 4-bit codes worth 2^-3 each; a layer's is input × weights. saturated: "
+        "share of the worst of its tensors. exact: its float sums are proved to be the integer sums"
     )
     report.notes += [f"skipped: {path} ({why})" for path, why in conversion.skipped.items()]
     if conversion.float_by_nature:

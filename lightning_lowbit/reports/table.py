@@ -20,7 +20,7 @@ _GAP = 2
 
 @dataclass(frozen=True)
 class Line:
-    """A layer or an operation: the grids that it reads and multiplies with, the saturation of its worst tensor."""
+    """A layer or an operation: the grids that it computes with, the saturation of its worst tensor."""
 
     site: str
     pattern: str

@@ -222,6 +222,9 @@ class ThresholdRule(UpdateRule):
             self.abs_grad.zero_()
             self.count[1] = 0
 
+    def waiting(self) -> list[str]:
+        return [key for key, q in self.thresholds.items() if q.log2_t.grad is not None and not bool(q.frozen > 0.5)]
+
     def state_dict(self) -> dict[str, Any]:
         if self.optimizer is None:
             return {}

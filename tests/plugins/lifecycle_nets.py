@@ -9,19 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
-from lightning import pytorch as lightning_pytorch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_lowbit import QuantCallback
+from lightning_lowbit.modules.base import switch_of
 
 __all__ = [
-    "NAMESPACES", "Batch", "Body", "assert_equal_states", "forbid_training", "loader", "net_class", "random_state", "seeded_net",
+    "NAMESPACES", "QUIET", "Batch", "Body", "assert_equal_states", "quantized", "loader", "net_class", "random_state", "seeded_net",
     "states", "trainer",
 ]  # fmt: skip
 
 NAMESPACES = ("lightning.pytorch", "pytorch_lightning")
+# What Lightning says about these runs on purpose.
+QUIET = [
+    pytest.mark.filterwarnings(f"ignore:{text}")
+    for text in (
+        "You defined a `validation_step` but have no", ".*exists and is not empty", "The dirpath has changed",
+        ".*callbacks used to create the checkpoint need to be provided", ".*LeafSpec", ".*does not have many workers",
+    )
+]  # fmt: skip
 SAMPLES, BATCH = 44, 8  # six batches, the last one of four samples
 Batch = list[Tensor]
 
@@ -81,7 +89,7 @@ def net_class(namespace: str = NAMESPACES[0], built: str = "init") -> Any:
         def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
             loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
             self.log("train_loss", loss)
-            self.losses.append(float(loss))
+            self.losses.append(float(loss.detach()))
             return loss
 
         def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -142,17 +150,5 @@ def random_state() -> tuple[bytes, Any, bytes]:
     return torch.get_rng_state().numpy().tobytes(), random.getstate(), np.asarray(words).tobytes() + bytes(str(position), "ascii")
 
 
-def forbid_training(module: Any) -> None:
-    def training_step(*args: Any) -> None:
-        raise AssertionError("training_step must not run")
-
-    module.training_step = training_step
-
-
 def quantized(module: nn.Module) -> bool:
-    from lightning_lowbit.modules.base import switch_of
-
     return switch_of(module).quantizing
-
-
-assert QuantCallback is not None and lightning_pytorch is not None

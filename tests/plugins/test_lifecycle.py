@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from plugins.lifecycle_nets import NAMESPACES, assert_equal_states, loader, net_class, quantized, seeded_net, states, trainer
+from plugins.lifecycle_nets import NAMESPACES, QUIET, assert_equal_states, loader, net_class, quantized, seeded_net, states, trainer
 from torch import nn
 
 from lightning_lowbit import QuantCallback, Tqt, float_mode
 from lightning_lowbit.errors import ConfigError
-from lightning_lowbit.modules.base import low_bit_modules, switch_of
+from lightning_lowbit.modules.base import Mode, low_bit_modules, switch_of
 from lightning_lowbit.modules.convert import is_converted, quantizers
 
-pytestmark = [pytest.mark.filterwarnings(r"ignore:You defined a `validation_step` but have no")]
+pytestmark = QUIET
 BUILT = ("init", "setup", "configure_model")
 
 
@@ -58,10 +58,12 @@ def test_validate_before_fit_calibrates_and_fit_from_scratch_begins_float(tmp_pa
         seen.append(quantized(net))
 
     net.on_train_batch_end = record
+    torch.manual_seed(1)
     trained.fit(net, loader(), loader())
     del net.on_train_batch_end
     assert seen == [False] * 6 + [True] * 6
     untouched = seeded_net()
+    torch.manual_seed(1)
     trainer(tmp_path, QuantCallback(start=0.5)).fit(untouched, loader(), loader())
     assert_equal_states(states(net), states(untouched))
 
@@ -109,7 +111,8 @@ def test_after_an_interruption_all_is_undone_and_the_module_copies_pickles_and_f
     def fail(*args: Any) -> Any:
         nonlocal calls
         calls += 1
-        if when != "calibration" and calls < 9 or when == "calibration" and not switch_of(net).mode.name == "OBSERVE":
+        here = switch_of(net).mode is Mode.OBSERVE if when == "calibration" else calls > 8
+        if not here:
             return getattr(type(net), name)(net, *args)
         raise error("stop")
 
@@ -165,6 +168,7 @@ def test_a_module_in_eval_mode_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path, QuantCallback()).fit(seeded_net().eval(), loader())
 
 
+@pytest.mark.filterwarnings(r"ignore:Found 1 module\(s\) in eval mode")  # Lightning says it without a name
 def test_parts_in_eval_mode_are_left_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     net = seeded_net()
     net.body.bn1.eval()
@@ -189,20 +193,19 @@ def test_a_user_optimizer_step_is_called_and_thresholds_step_beside_it(tmp_path:
     net = Own()
     trainer(tmp_path, QuantCallback(start=0)).fit(net, loader())
     plain = seeded_net()
-    torch.manual_seed(0)
     trainer(tmp_path, QuantCallback(start=0)).fit(plain, loader())
     assert Own.calls == 12
-    torch.testing.assert_close(net.body.conv1.lowbit_weight.log2_t, net.body.conv1.lowbit_weight.log2_t)
-    moved = [key for key, q in quantizers(net) if getattr(q, "log2_t", None) is not None and float(q.log2_t.detach()) % 1 != 0.5]
-    assert moved
+    assert_equal_states(states(net), states(plain))
+    # The calibrated start is the middle of a bin; a trained threshold has left it.
+    assert float(net.body.conv1.lowbit_weight.log2_t.detach()) % 1 != 0.5
 
 
-@pytest.mark.filterwarnings(r"ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor imports it
+@pytest.mark.filterwarnings("ignore")  # dynamo and inductor warn while they import and trace
 def test_compile_trains_the_same_network(tmp_path: Path) -> None:
     results = []
     for compiled in (False, True):
         net = seeded_net()
-        torch.manual_seed(1)
+        net.body.dropout.p = 0.0  # inductor draws other masks
         trainer(tmp_path, QuantCallback(Tqt(freeze_batch_norm=0), start=0, compile=compiled), max_epochs=1).fit(net, loader(samples=16))
         results.append(net.losses)
     assert results[1] == pytest.approx(results[0], abs=1e-4)

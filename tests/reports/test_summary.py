@@ -1,10 +1,9 @@
-"""The report: every tensor in its rows, a line a layer in print, claims that follow from the network at hand."""
+"""The report: every tensor in its rows, a line a layer in print, claims that follow from the network."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -61,8 +60,8 @@ def tallied(net: nn.Module, batch: Tensor) -> Report:
 
 
 @pytest.fixture
-def report() -> Iterator[Report]:
-    yield tallied(converted(), torch.rand(4, 1, 6, 6))
+def report() -> Report:
+    return tallied(converted(), torch.rand(4, 1, 6, 6))
 
 
 def test_lines_stand_in_the_order_of_execution_and_name_both_factors(report: Report) -> None:
@@ -220,7 +219,8 @@ def test_metric_lines_are_aligned_and_accuracies_are_percent() -> None:
     [
         ("val/acc", 0.5, "50.00 %"), ("Accuracy", 0.25, "25.00 %"), ("MulticlassAccuracy", 0.5, "50.00 %"),
         ("valAcc", 0.5, "50.00 %"), ("acc_top5", 0.5, "50.00 %"), ("val_acc", 97.5, "97.5000"),
-        ("accumulated_loss", 0.5, "0.5000"), ("vaccine", 0.5, "0.5000"), ("loss", 1e-7, "1e-07"), ("loss", 0.0, "0.0000"),
+        ("accumulated_loss", 0.5, "0.5000"), ("vaccine", 0.5, "0.5000"), ("loss", 1e-7, "1e-07"),
+        ("loss", 0.0, "0.0000"),
     ],
 )  # fmt: skip
 def test_a_metric_is_percent_by_name_and_range(name: str, value: float, shown: str) -> None:

@@ -1,0 +1,104 @@
+"""What a plan consists of: sites that a scheme is asked about, layers, operations, and ties between sites."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from lightning_lowbit.graph.network import Call
+from lightning_lowbit.graph.ops import Kind
+from lightning_lowbit.graph.trace import CallKey
+
+__all__ = ["LayerPlan", "OpPlan", "Plan", "Site", "Union"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One tensor that a scheme may quantize: the question put to ``Scheme.quantizer``.
+
+    Attributes:
+        path: module that owns the quantizer; its parameters live under ``{path}.{slot}``.
+        role: input, weight, bias, accumulator, output, operand, error or weight_grad.
+        op: conv2d, linear, relu, add, cat, avg_pool, ...
+        pattern: what was merged, e.g. ``conv2d+bn+relu``.
+        signed: False behind a rectifier, True where negative values are sure, None = the data decide.
+        first, last: the layer reads the network's input / no further layer reads its output.
+        depthwise: one input channel per group.
+        source: role of the quantizer that the tensor has passed already, None when it comes in as float.
+        slot: name of the quantizer in its module.
+    """
+
+    path: str
+    role: str
+    op: str
+    pattern: str = ""
+    signed: bool | None = True
+    first: bool = False
+    last: bool = False
+    depthwise: bool = False
+    source: str | None = None
+    slot: str = ""
+
+    @property
+    def key(self) -> str:
+        return f"{self.path}.{self.slot or 'lowbit_' + self.role}"
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """A convolution or linear layer: its norm, and where the grid of its input is declared (a site key)."""
+
+    path: str
+    op: str
+    pattern: str
+    batch_norm: str | None
+    first: bool
+    last: bool
+    depthwise: bool
+    grid_of_input: str
+
+
+@dataclass(frozen=True)
+class OpPlan:
+    """A functional call, or a parameterless module, that becomes a low-bit op under ``path``."""
+
+    path: str
+    owner: str
+    key: CallKey
+    kind: Kind
+    in_place_of: str | None  # path of the module to replace; None: a call in the owner's forward
+    call: Call
+    overwrites: bool = False  # its first operand must hold the result afterwards
+
+
+@dataclass
+class Plan:
+    layers: list[LayerPlan] = field(default_factory=list)
+    ops: list[OpPlan] = field(default_factory=list)
+    sites: list[Site] = field(default_factory=list)
+    ties: list[list[str]] = field(default_factory=list)  # site keys that share one step
+    same_grid: set[str] = field(default_factory=set)  # of those, keys that share the sign too (concat)
+    operands: dict[str, list[str]] = field(default_factory=dict)  # op path -> keys that declare its operands' grids
+
+
+class Union:
+    """Disjoint sets of site keys."""
+
+    def __init__(self) -> None:
+        self.parent: dict[str, str] = {}
+
+    def find(self, key: str) -> str:
+        while (parent := self.parent.setdefault(key, key)) != key:
+            key = parent
+        return key
+
+    def join(self, keys: list[str]) -> None:
+        for key in keys[1:]:
+            self.parent[self.find(key)] = self.find(keys[0])
+
+    def groups(self, sites: dict[str, Site]) -> list[list[str]]:
+        found: dict[str, list[str]] = defaultdict(list)
+        for key in sites:
+            if key in self.parent:
+                found[self.find(key)].append(key)
+        return [keys for keys in found.values() if len(keys) > 1]

@@ -1,0 +1,93 @@
+"""The README's code runs as it stands, on a generated checkpoint and with the epochs cut down."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from lightning_lowbit.cli import main
+from lightning_lowbit.demos import DigitsCnn, DigitsData
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+class WithAuxHead(DigitsCnn):
+    """The demo network with a second head, which the snippet leaves in float."""
+
+    def __init__(self, lr: float = 0.01) -> None:
+        super().__init__(lr=lr)
+        self.aux_head = nn.Linear(10, 2)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return super().training_step(batch, batch_idx) + 0 * self.aux_head(self(batch[0])).sum()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture
+def in_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    original = L.Trainer.__init__
+
+    def quiet(self: Any, *args: Any, **kwargs: Any) -> None:
+        settings = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+        original(self, *args, **{**kwargs, **settings, "max_epochs": 2, "limit_train_batches": 4})
+
+    monkeypatch.setattr(L.Trainer, "__init__", quiet)
+    return tmp_path
+
+
+def test_python_blocks_run_in_order(in_scratch: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = blocks("python")
+    namespace: dict[str, Any] = {}
+    exec(first, namespace)
+    assert namespace["quant"].metrics["trained"]
+    torch.save({"state_dict": {f"module.{k}": v for k, v in WithAuxHead().state_dict().items()}}, "float.pt")
+    namespace.update(model=WithAuxHead(), data=DigitsData())
+    exec(second, namespace)
+    assert set(namespace["quant"].metrics) == {"float", "calibrated", "trained"}
+    x = torch.rand(4, 1, 8, 8)
+    model, again = namespace["model"].eval(), namespace["again"].eval()
+    assert torch.equal(model(x), again(x))
+    assert "aux_head" in capsys.readouterr().out
+
+
+def test_the_yaml_block_is_a_config_that_parses(in_scratch: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = blocks("yaml")
+    assert yaml.safe_load(block)["quant"]["scheme"] == "tqt"
+    (in_scratch / "readme.yaml").write_text(block)
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", "readme.yaml", "--print_config"])
+    assert stop.value.code == 0
+    assert "weight_bits: 4" in capsys.readouterr().out or "bits: 4" in capsys.readouterr().out
+
+
+def test_shell_lines_name_commands_that_exist(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    monkeypatch.chdir(ROOT)
+    for line in "\n".join(blocks("bash")).splitlines():
+        words = line.split("#")[0].split()
+        if words[0] == "make":
+            assert f"\n{words[1]}:" in makefile
+        else:
+            assert words[0] == "lightning-lowbit"
+            extra = [] if words[1] == "schemes" else ["--print_config"]
+            try:
+                main([*words[1:], *extra])
+            except SystemExit as stop:
+                assert stop.code == 0, line
+
+
+@pytest.mark.parametrize("path", re.findall(r"\]\(((?!http)[^)#]+)\)", README))
+def test_links_lead_somewhere(path: str) -> None:
+    assert (ROOT / path).exists()
