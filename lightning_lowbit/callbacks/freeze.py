@@ -24,4 +24,7 @@ class Freeze(Setting):
         self.at, self.until = at, until
 
     def configure(self, lifecycle: Lifecycle) -> None:
-        lifecycle.replace(Milestone(self.at, "freeze_ranges"), Milestone(self.at if self.until is None else self.until, "ranges_frozen"))
+        lifecycle.replace(
+            Milestone(self.at, "freeze_ranges"),
+            Milestone(self.at if self.until is None else self.until, "ranges_frozen"),
+        )

@@ -15,16 +15,18 @@ class QuantCallback(Lifecycle):
     "trained": ...}.
 
     Args:
-        scheme: "tqt" and the other names that ``lightning-lowbit schemes`` lists, or a Scheme instance with options.
-        skip: module-path globs (or, from Python, layer classes) that stay float; also accepts a named refusal.
+        scheme: "tqt" and the other names that ``lightning-lowbit schemes`` lists, or a Scheme instance with
+            options.
+        skip: module-path globs (or, from Python, layer classes) that stay float; accepts a named refusal.
         include: if given, only these are converted.
         init_from: float checkpoint (a state dict or a file around one) to start from.
         calibrate_batches: train batches on which grids are set before the first low-bit step.
-        start: when quantization begins: a float in (0, 1) is a fraction of the run, an int an epoch, "500 steps"
-            a step, 0 at once. None lets the scheme decide (at once with init_from or a restored checkpoint).
+        start: when quantization begins: a float in (0, 1) is a fraction of the run, an int an epoch,
+            "500 steps" a step, 0 at once. None lets the scheme decide (at once with init_from, a restored
+            checkpoint or a module trained in low bits).
         compile: run torch.compile on the converted parts.
         evaluate: validate once in float and once calibrated before the first low-bit step.
-        resume_order: draw the sample order as a function of seed and epoch alone; None lets the scheme decide.
+        resume_order: make the sample order a function of seed and epoch alone; None lets the scheme decide.
     """
 
     def __init__(
@@ -39,4 +41,6 @@ class QuantCallback(Lifecycle):
         evaluate: bool = True,
         resume_order: bool | None = None,
     ) -> None:
-        super().__init__(scheme, skip, include, init_from, calibrate_batches, start, compile, evaluate, resume_order)
+        super().__init__(
+            scheme, skip, include, init_from, calibrate_batches, start, compile, evaluate, resume_order
+        )

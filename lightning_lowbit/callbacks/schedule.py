@@ -13,7 +13,7 @@ __all__ = ["Setting"]
 
 
 class Setting(Callback):
-    """A callback whose only act is to configure the trainer's QuantCallback, wherever both stand in the list."""
+    """A callback whose only act is to configure the trainer's QuantCallback, wherever both stand."""
 
     def configure(self, lifecycle: Lifecycle) -> None:
         raise NotImplementedError
@@ -22,7 +22,8 @@ class Setting(Callback):
         found = [callback for callback in trainer.callbacks if isinstance(callback, Lifecycle)]
         if not found:
             raise ConfigError(
-                f"Trainer(callbacks=[{type(self).__name__}(...)]): it changes what QuantCallback does, and there is none. Add "
+                f"Trainer(callbacks=[{type(self).__name__}(...)]): it changes what QuantCallback does, and "
+                "there is none. Add "
                 "QuantCallback() to the list."
             )
         self.configure(found[0])

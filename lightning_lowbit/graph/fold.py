@@ -1,4 +1,4 @@
-"""Batch-norm folding as pure functions (TQT section 5): a view of conv and norm, never a change of their parameters."""
+"""Batch-norm folding as pure functions (TQT section 5): views, no parameter changes."""
 
 from __future__ import annotations
 
@@ -72,7 +72,8 @@ def batch_statistics(y: Tensor, channel_axis: int = 1) -> tuple[Tensor, Tensor, 
 
 
 class _BatchStatistics(torch.autograd.Function):
-    """Mean and biased variance by the kernel of torch's own batch norm: ten times faster than var_mean on a CPU.
+    """Mean and biased variance by the kernel of torch's own batch norm: ten times faster than var_mean on a
+    CPU.
 
     d mean / dy = 1 / n,  d var / dy = 2 (y - mean) / n.
     """

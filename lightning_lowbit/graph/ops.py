@@ -1,22 +1,25 @@
-"""What a call does to a grid: the one table of torch functions, methods and modules that the planner knows."""
+"""What a call does to a grid: the one table of functions, methods and modules that the planner knows."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lightning_lowbit.graph.trace import IN_PLACE_OPERATORS
+
 __all__ = [
-    "BATCH_NORMS", "COMPUTE", "FLOAT_BY_NATURE", "PRODUCERS", "REWRITTEN", "Kind", "classify", "in_place", "is_leaf", "multiplies",
+    "BATCH_NORMS", "COMPUTE", "FLOAT_BY_NATURE", "PRODUCERS", "REWRITTEN", "Kind", "classify", "in_place",
+    "is_leaf", "multiplies",
 ]  # fmt: skip
 
 
-class Kind(str, Enum):
+class Kind(StrEnum):
     COMPUTE = "compute"  # multiplies and adds: convolution, linear
     BATCH_NORM = "batch_norm"
     RELU = "relu"  # rectifiers: the result is unsigned
@@ -65,7 +68,8 @@ _ACTIVATION_MODULES = (
     nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Softsign, nn.LogSigmoid, nn.RReLU,
 )  # fmt: skip
 _AVG_POOL_MODULES = (
-    nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
+    nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
+    nn.AdaptiveAvgPool3d,
 )  # fmt: skip
 _KEEP_MODULES = (
     nn.Identity, nn.Flatten, nn.Unflatten, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d,
@@ -85,40 +89,44 @@ def _register(kind: Kind, *targets: Callable[..., Any] | str) -> None:
 _register(Kind.RELU, F.relu, F.relu_, F.relu6, torch.relu, torch.relu_, "relu", "relu_")
 _register(
     Kind.ACTIVATION,
-    F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.hardswish, F.hardsigmoid, F.hardtanh, F.softplus,
-    F.sigmoid, F.tanh, torch.sigmoid, torch.tanh, torch.clamp, F.prelu, "sigmoid", "tanh", "clamp", "clamp_",
-    F.leaky_relu_, F.elu_,
+    F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.hardswish, F.hardsigmoid, F.hardtanh,
+    F.softplus, F.sigmoid, F.tanh, torch.sigmoid, torch.tanh, torch.clamp, F.prelu, "sigmoid", "tanh",
+    "clamp", "clamp_", F.leaky_relu_, F.elu_,
 )  # fmt: skip
 _register(Kind.ADD, operator.add, operator.iadd, torch.add, "add", "add_", "__add__", "__iadd__")
 _register(Kind.CAT, torch.cat, torch.concat, torch.concatenate, torch.stack)
 _register(
     Kind.AVG_POOL,
-    F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d,
-    torch.mean, "mean",
+    F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d,
+    F.adaptive_avg_pool3d, torch.mean, "mean",
 )  # fmt: skip
 _register(
     Kind.KEEP,
     F.max_pool1d, F.max_pool2d, F.max_pool3d, torch.max_pool1d, torch.max_pool2d, torch.max_pool3d,
-    F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d, torch.flatten, torch.reshape, torch.permute,
-    torch.transpose, torch.squeeze, torch.unsqueeze, torch.chunk, torch.split, torch.narrow, torch.flip, torch.roll,
-    torch.unbind, torch.tensor_split, torch.tile, torch.movedim, torch.swapaxes, torch.select, torch.index_select,
-    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.pixel_shuffle, F.channel_shuffle, operator.getitem, torch.clone,
-    "view", "reshape", "flatten", "permute", "transpose", "contiguous", "squeeze", "unsqueeze", "chunk", "split",
-    "narrow", "flip", "clone", "unflatten", "expand", "repeat", "to", "float", "t", "movedim", "swapaxes", "select",
-    "type_as", "roll", "view_as", "reshape_as", "expand_as", "detach", "unbind", "tensor_split", "tile", "squeeze_",
-    "unsqueeze_", "index_select", "double",
+    F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d, torch.flatten, torch.reshape,
+    torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, torch.chunk, torch.split, torch.narrow,
+    torch.flip, torch.roll, torch.unbind, torch.tensor_split, torch.tile, torch.movedim, torch.swapaxes,
+    torch.select, torch.index_select, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.pixel_shuffle,
+    F.channel_shuffle, operator.getitem, torch.clone, "view", "reshape", "flatten", "permute", "transpose",
+    "contiguous", "squeeze", "unsqueeze", "chunk", "split", "narrow", "flip", "clone", "unflatten", "expand",
+    "repeat", "to", "float", "t", "movedim", "swapaxes", "select", "type_as", "roll", "view_as", "reshape_as",
+    "expand_as", "detach", "unbind", "tensor_split", "tile", "squeeze_", "unsqueeze_", "index_select",
+    "double",
 )  # fmt: skip
 _MULTIPLYING = frozenset({
-    F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
-    torch.conv1d, torch.conv2d, torch.conv3d, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum,
-    F.scaled_dot_product_attention, operator.matmul, "matmul", "mm", "bmm", "addmm", "baddbmm",
+    F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d,
+    F.conv_transpose3d, torch.conv1d, torch.conv2d, torch.conv3d, torch.matmul, torch.mm, torch.bmm,
+    torch.addmm, torch.baddbmm, torch.einsum, F.scaled_dot_product_attention, operator.matmul, "matmul", "mm",
+    "bmm", "addmm", "baddbmm",
 })  # fmt: skip
 _register(Kind.META, getattr, torch.numel, "size", "dim", "numel", "stride", len)
 
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module is one operation to the planner: a torch.nn layer, not a container of the user's."""
-    if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.TransformerEncoder, nn.Transformer)):
+    if isinstance(
+        module, (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.TransformerEncoder, nn.Transformer)
+    ):
         return False
     if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerDecoder)):
         return False
@@ -129,8 +137,8 @@ def is_leaf(module: nn.Module) -> bool:
 def classify(target: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Kind:
     """Kind of a call by its target: a module instance, a function or a method's name.
 
-    ``F.pad`` keeps the grid unless it pads with a constant other than 0 (no grid holds that constant for sure);
-    an interpolation keeps it in mode "nearest" only.
+    ``F.pad`` keeps the grid unless it pads with a constant other than 0 (no grid holds that constant for
+    sure); an interpolation keeps it in mode "nearest" only.
     """
     kwargs = kwargs or {}
     if isinstance(target, nn.Module):
@@ -155,9 +163,9 @@ def in_place(target: Any, kwargs: dict[str, Any]) -> bool:
     if isinstance(target, nn.Module):
         return bool(getattr(target, "inplace", False))
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    # fx asks Proxy for ``+=`` by operator.iadd; a trailing underscore is torch's mark, a leading one Python's.
+    # A trailing underscore is torch's mark, two of them are Python's.
     marked = name.endswith("_") and not name.endswith("__")
-    return bool(kwargs.get("inplace", False)) or marked or name in ("iadd", "__iadd__")
+    return bool(kwargs.get("inplace", False)) or marked or name.strip("_") in IN_PLACE_OPERATORS
 
 
 def multiplies(target: Any) -> bool:

@@ -1,8 +1,8 @@
 """From data flow to a plan: which layers merge, which tensors are quantized where, and which share a grid.
 
 The placement rule: a tensor that forks, or feeds an add, a concat or a pool, is quantized once, where it is
-produced; a tensor that only feeds convolutions and linears likewise. What comes from outside or from float code is
-quantized where it enters.
+produced; a tensor that only feeds convolutions and linears likewise. What comes from outside or from float
+code is quantized where it enters.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["LayerPlan", "OpPlan", "Plan", "Site", "make_plan"]
 
 
 def make_plan(root: nn.Module, flow: Flow, convertible: set[str], kept: set[str]) -> Plan:
-    """Plan the conversion of the compute layers in ``convertible``; ``kept`` are norms that must not be folded."""
+    """Plan the conversion of the layers in ``convertible``; ``kept`` are norms that must not be folded."""
     return _Planner(root, flow, convertible, kept).plan()
 
 
@@ -39,9 +39,11 @@ class _Planner:
         self.union = Union()
         self.sites: dict[str, Site] = {}
         self.signs: dict[int, bool | None] = {}
-        self.arrives_on: dict[str, list[str]] = {}  # layer -> the site that declares the grid of its first input
+        self.arrives_on: dict[
+            str, list[str]
+        ] = {}  # layer -> the site that declares the grid of its first input
 
-    # -- the passes, in order ----------------------------------------------------------------------------------
+    # -- the passes, in order -----------------------------------------------------------------------------
     def plan(self) -> Plan:
         self._pair_norms()
         self._leave_float()
@@ -54,7 +56,11 @@ class _Planner:
         for entry in self.flow.entries:
             self._tie_readers(entry)
         for call in self.flow.calls:
-            if call.kind is Kind.COMPUTE and call.path in self.convertible and call is self.by_path[call.path][0]:
+            if (
+                call.kind is Kind.COMPUTE
+                and call.path in self.convertible
+                and call is self.by_path[call.path][0]
+            ):
                 self._layer(call)
         self.result.sites = list(self.sites.values())
         self.result.ties = self.union.groups(self.sites)
@@ -77,7 +83,7 @@ class _Planner:
                 self.fold[path] = norm
 
     def _leave_float(self) -> None:
-        """Operations of float code, fed by no converted layer and read by none: a mean inside a norm, a loss."""
+        """Operations of float code, fed and read by no converted layer: a mean inside a norm, a loss."""
         on_grid: set[int] = set()
         for call in self.flow.calls:
             if call.kind in (Kind.COMPUTE, Kind.BATCH_NORM):
@@ -91,7 +97,7 @@ class _Planner:
                 call.kind = Kind.FLOAT
 
     def _name_ops(self) -> None:
-        """Give every functional call, and every call of a shared parameterless module, a module of its own."""
+        """Give every functional call, and every call of a shared rectifier or pool, a module of its own."""
         used = {path for path, _ in self.root.named_modules()}
         named: dict[tuple[str, CallKey], str] = {}
         callers: dict[str, set[tuple[str, CallKey]]] = defaultdict(set)
@@ -111,7 +117,9 @@ class _Planner:
                 self.names[id(call)] = call.alias
                 if (call.owner, call.key) not in named:
                     named[call.owner, call.key] = call.alias
-                    self.result.ops.append(OpPlan(call.alias, call.owner, call.key, call.kind, call.alias, call))
+                    self.result.ops.append(
+                        OpPlan(call.alias, call.owner, call.key, call.kind, call.alias, call)
+                    )
                 continue
             if (call.owner, call.key) not in named:
                 stem = f"{call.owner}." if call.owner else ""
@@ -124,9 +132,11 @@ class _Planner:
                 named[call.owner, call.key] = name
                 self.result.ops.append(OpPlan(name, call.owner, call.key, call.kind, None, call))
             self.names[id(call)] = named[call.owner, call.key]
-        self.result.ops = [replace(op, overwrites=(op.owner, op.key) in overwriting) for op in self.result.ops]
+        self.result.ops = [
+            replace(op, overwrites=(op.owner, op.key) in overwriting) for op in self.result.ops
+        ]
 
-    # -- sites -------------------------------------------------------------------------------------------------
+    # -- sites --------------------------------------------------------------------------------------------
     def _readers(self, call: Call) -> Iterable[Call]:
         """Who reads the values of a call, looking through what only moves them."""
         for reader in call.readers:
@@ -195,7 +205,7 @@ class _Planner:
             elif call.kind is Kind.KEEP:
                 pass
             else:
-                words.append(call.key[0] if call.path is None else type(call.target).__name__.lower())
+                words.append(_word(call))
             ends = call.kind in (Kind.COMPUTE, Kind.ADD, Kind.AVG_POOL, Kind.CAT, Kind.FLOAT)
             if ends or not call.inputs or self._source_keys(call.inputs[0]):
                 return "+".join(reversed(words))
@@ -230,9 +240,13 @@ class _Planner:
         sources = self._source_keys(call.inputs[0])
         role = self.sites[sources[0]].role if sources else None
         signed = self._signed(call.inputs[0])
-        site = Site(call.path, "input", COMPUTE[type(call.target)], "", signed, source=role, slot="lowbit_input")
+        site = Site(
+            call.path, "input", COMPUTE[type(call.target)], "", signed, source=role, slot="lowbit_input"
+        )
         known = self.sites.get(site.key)
-        if known is not None:  # called again; what arrives on two grids, or on none, is quantized by the layer itself
+        if (
+            known is not None
+        ):  # called again; what arrives on two grids, or on none, is quantized by the layer itself
             same = sources[:1] == self.arrives_on[call.path]
             signed = signed if signed == known.signed else True if True in (signed, known.signed) else None
             site = replace(known, signed=signed, source=known.source if same else None)
@@ -250,21 +264,25 @@ class _Planner:
         return [site.key]
 
     def _tie_readers(self, call: Call) -> None:
-        """Whoever quantizes the same tensor where it reads it does so on one grid (layers and operands apart)."""
+        """All who quantize one tensor where they read it do so on one grid (layers and operands apart)."""
         inputs, operands = [], []
         for reader in self._readers(call):
             if reader.kind is Kind.COMPUTE and reader.path in self.convertible:
                 inputs.append(f"{reader.path}.lowbit_input")
             elif reader.kind in (Kind.ADD, Kind.CAT, Kind.AVG_POOL) and not self._source_keys(call):
                 path = self.names[id(reader)]
-                operands += [f"{path}.lowbit_operand_{i}" for i, s in enumerate(reader.inputs) if self._origin(s) is call]
+                operands += [
+                    f"{path}.lowbit_operand_{i}"
+                    for i, s in enumerate(reader.inputs)
+                    if self._origin(s) is call
+                ]
         for keys in (inputs, operands):
             self.union.join([key for key in keys if key in self.sites])
 
     def _origin(self, call: Call) -> Call:
         return self._origin(call.inputs[0]) if call.kind is Kind.KEEP and call.inputs else call
 
-    # -- layers ------------------------------------------------------------------------------------------------
+    # -- layers -------------------------------------------------------------------------------------------
     def _layer(self, call: Call) -> None:
         path = call.path
         assert path is not None
@@ -275,10 +293,10 @@ class _Planner:
         groups = getattr(module, "groups", 1)
         sources = self._source_keys(call.inputs[0]) if call.inputs else []
         pattern = op + ("+bn" if norm else "")
-        after = [r for r in self._readers(self.by_path[norm][0] if norm else call)]
+        after = list(self._readers(self.by_path[norm][0] if norm else call))
         if len(after) == 1 and after[0].kind in (Kind.RELU, Kind.ACTIVATION):
             end = after[0]
-            pattern += "+" + (end.key[0] if end.path is None else type(end.target).__name__.lower())
+            pattern += f"+{_word(end)}"
         self.result.layers.append(
             LayerPlan(path, op, pattern, norm, first, last, 1 < groups == getattr(module, "in_channels", 0),
                       sources[0] if sources else f"{path}.lowbit_input")
@@ -289,7 +307,7 @@ class _Planner:
             self.sites[key] = Site(**{**site.__dict__, "first": first, "last": last, "pattern": pattern})
 
     def _ends(self, call: Call) -> tuple[bool, bool]:
-        """First and last by graph order; by registration order where a layer stands alone in untraced code."""
+        """First and last by graph order; by registration order for a layer alone in untraced code."""
         if call.alone:
             order = [path for path, m in self.root.named_modules() if type(m) in COMPUTE]
             return call.path == order[0], call.path == order[-1]
@@ -305,9 +323,18 @@ class _Planner:
             if len(layers) > 1:
                 first, last = any(layer.first for layer in layers), any(layer.last for layer in layers)
                 for layer in layers:
-                    self.result.layers[self.result.layers.index(layer)] = replace(layer, first=first, last=last)
+                    self.result.layers[self.result.layers.index(layer)] = replace(
+                        layer, first=first, last=last
+                    )
                 self.result.ties.append([f"{layer.path}.lowbit_weight" for layer in layers])
                 self.result.same_grid.update(self.result.ties[-1])
+
+
+def _word(call: Call) -> str:
+    """What a call is called in a pattern."""
+    if call.kind is Kind.ADD:
+        return "add"
+    return call.key[0] if call.path is None else type(call.target).__name__.lower()
 
 
 def _reaches(call: Call, direction: str) -> bool:

@@ -1,4 +1,5 @@
-"""A container's forward with some of its calls led through low-bit modules: same code, same names, same object.
+"""A container's forward with some of its calls led through low-bit modules: same code, same names, same
+object.
 
 The forward that torch.fx recorded is written back as Python on the instance. The module keeps its class, its
 children and its keys, hooks on it and on every child still run, and what torch.compile sees is plain Python.
@@ -6,7 +7,9 @@ children and its keys, hooks on it and on every child still run, and what torch.
 
 from __future__ import annotations
 
+import functools
 import inspect
+import operator
 from typing import Any
 
 import torch
@@ -58,11 +61,11 @@ class TracedForward:
         if not self.steered:
             function, _ = self._function(self.module.training, {})
             return function(self.module, *args, **kwargs)
-        fixed = constants(self.module, args, kwargs)
-        function, parameters = self._function((self.module.training, *fixed.items()), fixed)
         bound = bound_arguments(self.module, args, kwargs)
         if bound is None:
             return type(self.module).forward(self.module, *args, **kwargs)  # raises Python's own TypeError
+        fixed = constants(self.module, args, kwargs)
+        function, parameters = self._function((self.module.training, *fixed.items()), fixed)
         positional: list[Any] = []
         keywords: dict[str, Any] = {}
         for name in parameters:
@@ -88,7 +91,7 @@ class TracedForward:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "functions": {}}  # written again from the class's code when first called
 
-    @torch.compiler.disable  # tracing happens once, before the graph that dynamo looks at
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # dynamo looks at what comes out
     def _write(self, fixed: dict[str, Any]) -> tuple[Any, list[str]]:
         graph = trace_container(self.module, self.path, self.module.training, fixed)
         if isinstance(graph, Untraceable):
@@ -102,11 +105,14 @@ class TracedForward:
             elif key in self.after:
                 with graph.inserting_after(node):
                     passed = graph.call_module(self.after[key], (node,))
-                node.replace_all_uses_with(passed, delete_user_cb=lambda user, new=passed: user is not new)
+                node.replace_all_uses_with(passed, delete_user_cb=functools.partial(operator.is_not, passed))
         parameters = [str(node.meta["parameter"]) for node in graph.nodes if node.op == "placeholder"]
         code = graph.python_code("self")
         namespace = dict(code.globals)
-        exec(compile(code.src, f"<lightning_lowbit forward of {type(self.module).__name__}>", "exec"), namespace)
+        exec(
+            compile(code.src, f"<lightning_lowbit forward of {type(self.module).__name__}>", "exec"),
+            namespace,
+        )
         written = namespace["forward"]
         return (torch.compile(written) if self.compiled else written), parameters
 
@@ -121,7 +127,8 @@ class TracedForward:
         given = ", ".join(f"{name}={value!r}" for name, value in fixed.items()) or "these arguments"
         path = self.path or type(self.module).__name__
         raise UnsupportedModelError(
-            f"{path}: with {given} in {'training' if self.module.training else 'evaluation'}, its forward {why}; "
-            "functional operations would stay off the grid unseen. The plan is made for the arguments' defaults and "
-            f"for the calls in the network's own code. Convert with skip=['{path}'], or make the branch a module."
+            f"{path}: with {given} in {'training' if self.module.training else 'evaluation'}, its forward "
+            f"{why}; functional operations would stay off the grid unseen. The plan is made for the "
+            "arguments' defaults and for the calls in the network's own code. Convert with "
+            f"skip=['{path}'], or make the branch a module."
         )

@@ -19,11 +19,22 @@ import torch
 import torch.fx
 from torch import nn
 
-__all__ = ["CallKey", "Untraceable", "bound_arguments", "call_keys", "constants", "has_forward", "location", "trace_container"]
+__all__ = [
+    "IN_PLACE_OPERATORS",
+    "CallKey",
+    "Untraceable",
+    "bound_arguments",
+    "call_keys",
+    "constants",
+    "has_forward",
+    "location",
+    "trace_container",
+]
 
 CallKey = tuple[str, int]
 """A call inside one container's forward: (what is called, occurrence of it)."""
 
+IN_PLACE_OPERATORS = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
 _ASSERTS = (torch._assert, torch.fx._symbolic_trace._assert_is_none)
 
 
@@ -36,23 +47,43 @@ class Untraceable:
     reason: str
 
 
+class _InPlaceProxy(torch.fx.Proxy):
+    """Also records that ``x += y`` changes x: torch.fx's own proxy takes it for ``x = x + y``."""
+
+
+def _in_place(function: Any) -> Any:
+    def method(self: torch.fx.Proxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
+for _name in IN_PLACE_OPERATORS:
+    setattr(_InPlaceProxy, f"__{_name}__", _in_place(getattr(operator, _name)))
+
+
 class _OwnForward(torch.fx.Tracer):
     """Records what a container's own code calls; the children answer for themselves."""
 
     record_stack_traces = True
     proxy_buffer_attributes = True  # a counter in a buffer must not count while we look
 
+    def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
+        return _InPlaceProxy(node, self)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
 
 def has_forward(module: nn.Module) -> bool:
-    """Whether the module's class says what calling it does (a bare LightningModule or ModuleList does not)."""
+    """Whether the class says what calling it does (a bare LightningModule or ModuleList does not)."""
     forward = type(module).forward
     return forward is not nn.Module.forward and forward.__qualname__ != "LightningModule.forward"
 
 
-def bound_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+def bound_arguments(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any] | None:
     """All arguments of a call of ``module`` by parameter name, defaults included; None if they do not fit."""
     signature = inspect.signature(type(module).forward)
     try:
@@ -64,7 +95,7 @@ def bound_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def constants(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a call that steer control flow: flags, names and None, and numbers left at their defaults.
+    """Arguments of a call that steer control flow: flags, names and None, and numbers at their defaults.
 
     A trace is made for their values, since a proxy in their place would take a branch of its own
     (``mask is not None`` holds for every proxy).
@@ -74,8 +105,8 @@ def constants(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return {}
     fixed = {}
     for name, value in (bound_arguments(module, args, kwargs) or {}).items():
-        left_alone = value is parameters[name].default and isinstance(value, (int, float))
-        if value is None or isinstance(value, (bool, str)) or left_alone:
+        number = isinstance(value, (int, float)) and value == parameters[name].default
+        if value is None or isinstance(value, (bool, str)) or number:
             fixed[name] = value
     return fixed
 
@@ -85,8 +116,9 @@ def trace_container(
 ) -> torch.fx.Graph | Untraceable:
     """Follow ``module``'s own forward in the given mode, without data and without leaving a mark on it.
 
-    A forward whose effect is more than its result is not followed: a recording would lose what it keeps on the
-    module or logs, and would repeat for ever the random number or the tensor that it made while we looked.
+    A forward whose effect is more than its result is not followed: a recording would lose what it keeps on
+    the module or logs, and would repeat for ever the random number or the tensor that it made while we
+    looked.
 
     Args:
         fixed: values of arguments that steer control flow (``constants``); the others become proxies.
@@ -99,22 +131,28 @@ def trace_container(
             return Untraceable(path, _last_user_frame(error, module), reason)
     made = [str(n.target) for n in graph.nodes if n.op == "get_attr" and "_tensor_constant" in str(n.target)]
     if made:
-        effects.append("it makes a tensor without its inputs (torch.tensor, torch.arange, torch.randn); register a buffer")
+        effects.append(
+            "it makes a tensor without its inputs (torch.tensor, torch.arange, torch.randn); use a buffer"
+        )
     if effects:
         return Untraceable(path, f"{type(module).__qualname__}.forward", effects[0])
     _name_parameters(graph, module)
     for node in reversed(list(graph.nodes)):  # the checks that torch.fx adds for fixed arguments
-        if node.op == "call_function" and (node.target in _ASSERTS or (node.target is operator.eq and not node.users)):
+        if node.op == "call_function" and (
+            node.target in _ASSERTS or (node.target is operator.eq and not node.users)
+        ):
             graph.erase_node(node)
     return graph
 
 
 def _name_parameters(graph: torch.fx.Graph, module: nn.Module) -> None:
-    """Keep the user's parameter names: torch.fx numbers those that have fixed values, and moves ``*args`` behind."""
+    """Keep the user's parameter names: torch.fx numbers the fixed ones, and moves ``*args`` behind."""
     parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
     collecting = [p for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    for node, parameter in zip(placeholders, [p for p in parameters if p not in collecting] + collecting, strict=True):
+    for node, parameter in zip(
+        placeholders, [p for p in parameters if p not in collecting] + collecting, strict=True
+    ):
         node.meta["parameter"] = parameter.name
 
 
@@ -123,8 +161,14 @@ def _untouched(module: nn.Module, training: bool) -> Iterator[list[str]]:
     """Put ``module`` back as it was, and report what its forward did besides computing."""
     attributes: dict[str, Any] = dict(module.__dict__)
     buffers, was_training = dict(module._buffers), module.training
-    contents = {name: copy.copy(value) for name, value in attributes.items() if isinstance(value, (list, dict, set))}
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    contents = {
+        name: copy.copy(value) for name, value in attributes.items() if isinstance(value, (list, dict, set))
+    }
+    torch_state, python_state, numpy_state = (
+        torch.get_rng_state(),
+        random.getstate(),
+        np.random.get_state(legacy=False),
+    )
     module.__dict__.pop("forward", None)  # a forward installed by an earlier conversion
     # Nor the children that it brought: a forward that iterates over its children must not meet them.
     own = {name: child for name, child in module._modules.items() if not name.startswith("lowbit_")}
@@ -137,20 +181,23 @@ def _untouched(module: nn.Module, training: bool) -> Iterator[list[str]]:
     effects: list[str] = []
     try:
         yield effects
-        after = {name: value for name, value in module.__dict__.items() if not name.startswith("_tensor_constant")}
+        after = {
+            name: value for name, value in module.__dict__.items() if not name.startswith("_tensor_constant")
+        }
         changed = [name for name in after if name not in before or after[name] is not before[name]]
-        changed += [n for n, kept in contents.items() if n not in _OWN_STATE and not _same(attributes[n], kept)]
+        changed += [
+            n for n, kept in contents.items() if n not in _OWN_STATE and not _same(attributes[n], kept)
+        ]
         changed += [n for n, tensor in buffers.items() if module._buffers.get(n) is not tensor]
         if changed:
             effects.append(f"it keeps values on the module (self.{changed[0]})")
-        if not torch.equal(states[0], torch.get_rng_state()) or states[1] != random.getstate():
+        drawn = not torch.equal(torch_state, torch.get_rng_state()) or python_state != random.getstate()
+        if drawn or str(numpy_state) != str(np.random.get_state(legacy=False)):
             effects.append("it draws random numbers outside the tensors that it is given")
-        elif not np.array_equal(states[2][1], np.random.get_state()[1]):
-            effects.append("it draws random numbers from numpy")
     finally:
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])
-        np.random.set_state(states[2])
+        torch.set_rng_state(torch_state)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
         module.__dict__.clear()
         module.__dict__.update(attributes)
         for name, kept in contents.items():
@@ -196,7 +243,11 @@ def call_keys(graph: torch.fx.Graph) -> dict[torch.fx.Node, CallKey]:
 
 
 def _last_user_frame(error: BaseException, module: nn.Module) -> str:
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename and f.filename != __file__]
+    frames = [
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if "/torch/" not in f.filename and f.filename != __file__
+    ]
     if not frames:
         return f"{type(module).__qualname__}.forward"
     return f"{frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno} in {frames[-1].name}"

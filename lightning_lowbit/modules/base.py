@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from lightning_lowbit.modules.quantizer import Quantizer
 
 __all__ = [
-    "Link", "Links", "LowBitModule", "Milestone", "Mode", "Moment", "Scheme", "Site", "StepContext", "Switch", "Tally",
-    "UpdateRule", "float_mode", "low_bit_modules", "switch_of",
+    "Link", "Links", "LowBitModule", "Milestone", "Mode", "Moment", "Scheme", "Site", "StepContext", "Switch",
+    "Tally", "UpdateRule", "float_mode", "low_bit_modules", "switch_of",
 ]  # fmt: skip
 
 Moment = int | float | str
@@ -47,7 +47,9 @@ class Tally:
     def count(self, quantizer: Quantizer, x: Tensor) -> None:
         key = quantizer.site.key
         self.seen[key] = self.seen.get(key, 0) + x.numel()
-        self.saturated[key] = self.saturated.get(key, torch.zeros((), device=x.device)) + quantizer.saturated(x)
+        self.saturated[key] = self.saturated.get(key, torch.zeros((), device=x.device)) + quantizer.saturated(
+            x
+        )
 
     def share(self, key: str) -> float | None:
         """Saturated share of a site's values; None where it saw none."""
@@ -61,6 +63,7 @@ class Switch:
     Attributes:
         mode: what they do.
         started: whether quantization has begun; before, LOWBIT means float (warm-up).
+        provisional: whether it began for an evaluation alone, of a network that was not trained in low bits.
         second_pass: during OBSERVE, whether ranges are known and histograms are filled.
         ran: paths of the layers that ran since the set was emptied; None when nobody asks.
         tally: counts saturated values per quantizer; None when nobody asks.
@@ -70,6 +73,7 @@ class Switch:
 
     mode: Mode = Mode.LOWBIT
     started: bool = False
+    provisional: bool = False
     second_pass: bool = False
     ran: set[str] | None = None
     tally: Tally | None = None
@@ -111,14 +115,16 @@ class StepContext:
 
 
 class UpdateRule(ABC):
-    """Updates what the user's optimizer does not own; called by the precision plugin around each optimizer step."""
+    """Updates what the user's optimizer does not own; called by the precision plugin around each step."""
 
-    def before_step(self, optimizer: torch.optim.Optimizer, context: StepContext) -> None:  # noqa: B027  # optional
+    def before_step(  # noqa: B027  # optional
+        self, optimizer: torch.optim.Optimizer, context: StepContext
+    ) -> None:
         """After backward, before the user's optimizer steps."""
 
     @abstractmethod
     def step(self, owned: set[str], context: StepContext) -> None:
-        """Update the low-bit modules whose paths are in ``owned``: the stepping optimizer holds their layer's weight."""
+        """Update the low-bit modules at the paths ``owned``: the stepping optimizer holds their weights."""
 
     def milestone(self, what: str, reached: bool, when: int) -> None:  # noqa: B027  # optional
         """A scheduled event, due from step ``when`` on: reached, or (again) not yet."""
@@ -133,7 +139,9 @@ class UpdateRule(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
-            raise ConfigError(f"{type(self).__name__} has no state to load, the checkpoint holds {sorted(state)}")
+            raise ConfigError(
+                f"{type(self).__name__} has no state to load, the checkpoint holds {sorted(state)}"
+            )
 
 
 class Scheme:
@@ -150,16 +158,16 @@ class Scheme:
         return None
 
     def batch_norm(self, site: Site) -> str:
-        """What becomes of a norm behind a layer (``site`` is the layer's output): keep | fold | quantize | island."""
+        """What becomes of a norm behind a layer (``site`` is its output): keep | fold | quantize | island."""
         return "keep"
 
     def compute(self, layer: nn.Module, *operands: Any, **settings: Any) -> Tensor:
         """The operation itself; for a layer the operands are input, weight and bias (None without).
 
-        Where ``links`` are laid, a scheme takes the exponents of the operands from ``layer.links.receive()`` and hands
-        that of its result to ``layer.links.send()``.
+        Where ``links`` are laid, a scheme takes the exponents of the operands from ``layer.links.receive()``
+        and hands that of its result to ``layer.links.send()``.
         """
-        return layer.op(*operands, **settings)  # type: ignore[no-any-return, operator]  # every LowBitModule has op
+        return layer.op(*operands, **settings)  # type: ignore[no-any-return, operator]  # layers have op
 
     def prepare(self, layer: nn.Module) -> None:
         """A last word on a converted layer before the run, e.g. weights moved onto their integer grid."""
@@ -177,7 +185,7 @@ class Scheme:
         return ()
 
     def reconstruction(self) -> dict[str, Any] | None:
-        """Arguments of ``modules.reconstruct.reconstruct`` if fit reconstructs blocks without labels, and stops."""
+        """Arguments of ``modules.reconstruct.reconstruct`` if fit reconstructs blocks without labels."""
         return None
 
     def activation_bits(self) -> int:
@@ -225,7 +233,8 @@ def switch_of(root: nn.Module) -> Switch:
     for _, module in low_bit_modules(root):
         return module.switch
     raise ConfigError(
-        f"{type(root).__name__}: no low-bit layer found. Convert it first: lightning_lowbit.convert(module, 'tqt'), or "
+        f"{type(root).__name__}: no low-bit layer found. Convert it first: "
+        "lightning_lowbit.convert(module, 'tqt'), or "
         "run it in a Trainer with QuantCallback()."
     )
 

@@ -23,7 +23,10 @@ def alone(tensor: Tensor, op: str) -> Tensor:
 
 
 def calibrate(
-    root: nn.Module, run: Callable[[], int], all_reduce: AllReduce = alone, accept_silent: Callable[[str], bool] = lambda path: False
+    root: nn.Module,
+    run: Callable[[], int],
+    all_reduce: AllReduce = alone,
+    accept_silent: Callable[[str], bool] = lambda path: False,
 ) -> list[str]:
     """Observe what ``run`` feeds the network, in evaluation mode and float arithmetic, and set all grids.
 
@@ -48,13 +51,17 @@ def calibrate(
                 _observe_weights(root)
                 if run() == 0:
                     raise ConfigError(
-                        f"{type(root).__name__}: calibration got no batch. Check that the loader is not empty (limit_train_batches, "
-                        "drop_last with a small dataset), or give another with Calibrate(dataloader=...)."
+                        f"{type(root).__name__}: calibration got no batch. Check that the loader is not "
+                        "empty (limit_train_batches, drop_last with a small dataset), or give another with "
+                        "Calibrate(dataloader=...)."
                     )
                 if again:
                     break
                 _require_ran(root, switch.ran, accept_silent)
-                if not any([leader.close_pass(all_reduce) for leader in leaders]):  # a list: close all of them
+                asked = [
+                    leader.close_pass(all_reduce) for leader in leaders
+                ]  # of all, whatever the first says
+                if not any(asked):
                     break
             for leader in leaders:
                 leader.commit(all_reduce)
@@ -70,7 +77,7 @@ def reset(root: nn.Module) -> None:
     """Forget all grids: the network is float until the next calibration."""
     for _, quantizer in quantizers(root):
         quantizer.set_ready(False)
-    switch_of(root).started = False
+    switch_of(root).started = switch_of(root).provisional = False
 
 
 def open_quantizers(root: nn.Module) -> list[str]:
@@ -89,11 +96,16 @@ def _observe_weights(root: nn.Module) -> None:
 
 
 def _require_ran(root: nn.Module, ran: set[str], accepted: Callable[[str], bool]) -> None:
-    silent = [m.path for m in root.modules() if isinstance(m, LowBitLayer) and m.path not in ran and not accepted(m.path)]
+    silent = [
+        m.path
+        for m in root.modules()
+        if isinstance(m, LowBitLayer) and m.path not in ran and not accepted(m.path)
+    ]
     if silent:
         raise ConfigError(
             f"{silent[0]}: converted, but it did not run in calibration"
             + (f" (nor did {len(silent) - 1} more: {', '.join(silent[1:4])})" if len(silent) > 1 else "")
-            + ". A layer that is bypassed stays float unseen. If that is meant, name it in skip=; otherwise calibrate on "
+            + ". A layer that is bypassed stays float unseen. If that is meant, name it in skip=; otherwise "
+            "calibrate on "
             "batches that reach it."
         )

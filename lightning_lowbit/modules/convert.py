@@ -1,4 +1,4 @@
-"""Put low-bit modules in place: trace, plan, swap. The edit is in place, parameters keep names and identity."""
+"""Put low-bit modules in place: trace, plan, swap. Parameters keep names and identity."""
 
 from __future__ import annotations
 
@@ -32,7 +32,15 @@ from lightning_lowbit.modules.selection import (
 from lightning_lowbit.modules.slow_path import SlowPath
 from lightning_lowbit.modules.wiring import connect
 
-__all__ = ["Conversion", "PassThrough", "Pattern", "Selection", "convert_module", "is_converted", "quantizers"]
+__all__ = [
+    "Conversion",
+    "PassThrough",
+    "Pattern",
+    "Selection",
+    "convert_module",
+    "is_converted",
+    "quantizers",
+]
 
 
 @dataclass
@@ -48,7 +56,10 @@ class Conversion:
 
     def spec(self) -> dict[str, Any]:
         """Plain types: sites as {key: role}, ties as lists of keys."""
-        return {"sites": {site.key: site.role for site in self.sites}, "ties": [list(tie) for tie in self.ties]}
+        return {
+            "sites": {site.key: site.role for site in self.sites},
+            "ties": [list(tie) for tie in self.ties],
+        }
 
 
 def is_converted(root: nn.Module) -> bool:
@@ -66,18 +77,20 @@ def convert_module(
     """Convert ``root`` in place.
 
     Args:
-        root: any module; layers are found by following its forward, and on their own where that is impossible.
+        root: any module; layers are found by following its forward, and on their own where that is
+            impossible.
         selection: what to convert.
         ties: site keys that share a step, from a checkpoint; None derives them from the data flow.
     Raises:
         ConfigError: nothing to convert, or a pattern that matches nothing.
-        UnsupportedModelError: a layer that would be quietly bypassed; the message names it and the way around.
+        UnsupportedModelError: a layer that would be quietly bypassed; the message names it and the way
+        around.
     """
     selection = selection or Selection()
     if is_converted(root):
         raise ConfigError(
-            f"{type(root).__name__} is converted already. Convert a float module, or take the low-bit layers out first "
-            "with lightning_lowbit.modules.revert.revert(module)."
+            f"{type(root).__name__} is converted already. Convert a float module, or take the low-bit layers "
+            "out first with lightning_lowbit.modules.revert.revert(module)."
         )
     check_patterns(root, selection)
     check_layers(root, selection)
@@ -95,7 +108,7 @@ def convert_module(
 
 
 def _uncovered(root: nn.Module, flow: Flow, wanted: set[str]) -> list[str]:
-    """Code that was not followed, and float functions that feed a converted layer or multiply by themselves."""
+    """Code that was not followed, and float functions that feed a converted layer or multiply."""
     notes = [f"{u.path or type(root).__name__} ({u.where}): {u.reason}" for u in flow.untraced]
     for call in flow.calls:
         if call.kind is not Kind.FLOAT or call.path is not None:
@@ -110,7 +123,7 @@ def _present(ties: list[list[str]], keys: set[str]) -> list[list[str]]:
     return [tie for tie in present if len(tie) > 1]
 
 
-# -- putting it in place -----------------------------------------------------------------------------------------
+# -- putting it in place ----------------------------------------------------------------------------------
 class _Builder:
     def __init__(self, root: nn.Module, scheme: Scheme, plan: Plan, flow: Flow) -> None:
         self.root, self.scheme, self.plan, self.flow = root, scheme, plan, flow
@@ -134,7 +147,7 @@ class _Builder:
         for module in self.root.modules():
             if SlowPath.applies(module) and "forward" not in module.__dict__ and _holds_low_bit(module):
                 module.__dict__["forward"] = SlowPath(module, self.switch)
-        for path, module in low_bit_modules(self.root):
+        for _, module in low_bit_modules(self.root):
             if isinstance(module, LowBitLayer):
                 self.scheme.prepare(module)
 
@@ -171,7 +184,9 @@ class _Builder:
         owner = self.root.get_submodule(site.path)
         owner.add_module(site.slot or f"lowbit_{site.role}", _placed_like(quantizer, owner, self.root))
         self.made[site.key] = quantizer
-        if not isinstance(owner, LowBitModule):  # an activation module of the user's: its result passes the quantizer
+        if not isinstance(
+            owner, LowBitModule
+        ):  # an activation module of the user's: its result passes the quantizer
             owner.register_forward_hook(PassThrough(quantizer))
 
     def _finish_layer(self, plan: LayerPlan) -> None:
@@ -202,8 +217,9 @@ class _Builder:
             missing = [key for key in tie if key not in self.made]
             if missing and exact:
                 raise ConfigError(
-                    f"{missing[0]}: the checkpoint ties it to {tie[0]}, this network has no such tensor. The model's code "
-                    "differs from the one that was trained; load into the same code, or start from its float weights."
+                    f"{missing[0]}: the checkpoint ties it to {tie[0]}, this network has no such tensor. "
+                    "The model's code differs from the one that was trained; load into the same code, or "
+                    "start from its float weights."
                 )
             group = [self.made[key] for key in tie if key in self.made]
             if len(group) < 2:
@@ -254,8 +270,6 @@ def _holds_low_bit(module: nn.Module) -> bool:
 
 
 def _placed_like(quantizer: Quantizer, owner: nn.Module, root: nn.Module) -> Quantizer:
-    """On the owner's device; always float32, whatever the default dtype is while a Trainer configures the model."""
-    tensor = next(iter(owner.parameters()), None)
-    if tensor is None:
-        tensor = next(iter(root.parameters()), torch.empty(0))
+    """On the owner's device; always float32, whatever default dtype a Trainer has set."""
+    tensor = next((p for module in (owner, root) for p in module.parameters()), torch.empty(0))
     return quantizer.to(tensor.device)

@@ -1,4 +1,4 @@
-"""Operations without weights: rectifiers, sums, concats and average pools, as modules a scheme can answer for."""
+"""Operations without weights as modules: rectifiers, sums, concats and average pools."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_lowbit.graph.ops import Kind
 from lightning_lowbit.modules.base import LowBitModule
-from lightning_lowbit.modules.pooling import WINDOW, pool
+from lightning_lowbit.modules.pooling import WINDOW, kind_of, pool
 from lightning_lowbit.modules.quantizer import Quantizer, on
 from lightning_lowbit.numerics.grid import Grid
 
@@ -37,7 +37,7 @@ class LowBitOp(LowBitModule):
         self.__dict__["operand_grids"] = []
         self.__dict__["replaced"] = None
 
-    def op(self, *operands: Any) -> Tensor:
+    def op(self, *operands: Any, **settings: Any) -> Tensor:
         """The float operation, bit for bit what the user's code would do."""
         raise NotImplementedError
 
@@ -48,8 +48,11 @@ class LowBitOp(LowBitModule):
         result = rest(first.clone())  # the backward of what is done here must find its operand unchanged
         return first.copy_(result)
 
-    def operand(self, index: int, x: Tensor) -> Tensor:
-        return on(self._modules.get(f"lowbit_operand_{index}"), x)  # type: ignore[arg-type]  # a Quantizer by its slot
+    def operand(self, index: int, x: Any) -> Any:
+        if not isinstance(x, Tensor):  # an argument of forward that was a number this time
+            return x
+        quantizer: Any = self._modules.get(f"lowbit_operand_{index}")
+        return on(quantizer, x)
 
     def result_grid(self) -> Grid | None:
         """Grid of the result before any output quantizer; None while it is open."""
@@ -73,7 +76,7 @@ class LowBitReLU(LowBitOp):
     def op(self, x: Tensor) -> Tensor:
         return F.relu6(x) if self.six else F.relu(x)
 
-    def forward(self, input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002  # torch's name for it
+    def forward(self, input: Tensor, inplace: bool = False) -> Tensor:  # torch's name for it
         return self._run(input, self._rectify)
 
     def _rectify(self, x: Tensor) -> Tensor:
@@ -94,7 +97,7 @@ class LowBitAdd(LowBitOp):
     def op(self, a: Tensor, b: Tensor) -> Tensor:
         return a + b
 
-    def forward(self, input: Tensor, other: Tensor) -> Tensor:  # noqa: A002
+    def forward(self, input: Tensor, other: Tensor) -> Tensor:
         return self._run(input, lambda a: self._add(a, other))
 
     def _add(self, a: Tensor, b: Tensor) -> Tensor:
@@ -134,7 +137,8 @@ class LowBitCat(LowBitOp):
 
 
 class LowBitAvgPool(LowBitOp):
-    """Mean over a window as sum and one exact division: round(sum * 2^f / n) with the output quantizer's tie rule.
+    """Mean over a window as sum and one exact division: round(sum * 2^f / n) with the output quantizer's tie
+    rule.
 
     Float arithmetic does that exactly: the sum of codes is below 2^24, its quotient is rounded once, and a
     quotient half way between two codes is a dyadic number that float32 holds. torch's own pools divide twice
@@ -150,22 +154,23 @@ class LowBitAvgPool(LowBitOp):
     def __init__(self, function: Callable[..., Tensor], settings: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.function, self.settings = function, settings or {}
+        self.kind = None if function is torch.mean else kind_of(function)
 
     def op(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         kwargs = {**self.settings, **kwargs}
         if not self.switch.folding:
             return self.function(x, *args, **kwargs)
-        if self.function is torch.mean:
-            return _mean(x, *args, **kwargs)
-        return pool(self.function, x, *args, **kwargs)
+        return _mean(x, *args, **kwargs) if self.kind is None else pool(self.kind, x, *args, **kwargs)
 
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.switch.folding:
             return self.op(input, *args, **kwargs)
         return on(self.lowbit_output, self.scheme.compute(self, self.operand(0, input), *args, **kwargs))
 
     def result_grid(self) -> Grid | None:
-        return None if self.lowbit_output is None or not self.lowbit_output.ready else self.lowbit_output.grid()
+        return (
+            None if self.lowbit_output is None or not self.lowbit_output.ready else self.lowbit_output.grid()
+        )
 
 
 class LowBitAfter(LowBitOp):
@@ -176,7 +181,7 @@ class LowBitAfter(LowBitOp):
     def op(self, x: Tensor) -> Tensor:
         return x
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+    def forward(self, input: Tensor) -> Tensor:
         return on(self.lowbit_output, input)
 
 
@@ -195,7 +200,7 @@ def _new_op(kind: Kind, target: Any) -> LowBitOp:
     if kind is Kind.ADD:
         return LowBitAdd()
     if kind is Kind.CAT:
-        return LowBitCat(target)
+        return LowBitCat(torch.stack if target is torch.stack else torch.cat)
     if kind is Kind.ACTIVATION:
         return LowBitAfter()
     if kind is Kind.RELU:
@@ -210,7 +215,7 @@ def _new_op(kind: Kind, target: Any) -> LowBitOp:
 def _mean(x: Tensor, dim: Any = None, keepdim: bool = False, dtype: torch.dtype | None = None) -> Tensor:
     """torch.mean as a sum and one division."""
     axes = list(range(x.dim())) if dim is None else [dim] if isinstance(dim, int) else list(dim)
-    return x.sum(dim=axes, keepdim=keepdim, dtype=dtype) / math.prod(x.shape[axis] for axis in axes)
+    return x.sum(dim=axes, keepdim=keepdim, dtype=dtype) / math.prod([x.shape[axis] for axis in axes])
 
 
 def _holding(low: int, high: int, exponent: int) -> Grid:

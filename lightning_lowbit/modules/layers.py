@@ -1,4 +1,4 @@
-"""Convolutions and linear layers on a grid: the user's own module objects, parameters and keys, another class."""
+"""Convolutions and linear layers on a grid: the user's own objects, parameters and keys, another class."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.prune import BasePruningMethod
 
 from lightning_lowbit.errors import UnsupportedModelError
 from lightning_lowbit.graph.fold import batch_statistics, fold_batch_norm
@@ -19,7 +20,7 @@ from lightning_lowbit.modules.quantizer import Quantizer, on
 from lightning_lowbit.numerics.grid import Grid
 from lightning_lowbit.numerics.ste import gate_backward
 
-__all__ = ["LAYERS", "LowBitLayer", "SLOTS"]
+__all__ = ["LAYERS", "SLOTS", "LowBitLayer"]
 
 SLOTS = ("input", "weight", "bias", "accumulator", "output", "error", "weight_grad")
 
@@ -27,8 +28,8 @@ SLOTS = ("input", "weight", "bias", "accumulator", "output", "error", "weight_gr
 class LowBitLayer(LowBitModule):
     """A layer that multiplies and adds. One forward serves every scheme.
 
-    Slots ``lowbit_input`` ... ``lowbit_weight_grad`` hold quantizers or None. A folded batch norm stays where it
-    is, under its name and with its parameters; the layer only refers to it.
+    Slots ``lowbit_input`` ... ``lowbit_weight_grad`` hold quantizers or None. A folded batch norm stays where
+    it is, under its name and with its parameters; the layer only refers to it.
     """
 
     lowbit_kind = Kind.COMPUTE
@@ -61,7 +62,7 @@ class LowBitLayer(LowBitModule):
         self.__dict__["norm"] = norm
         self.register_buffer("lowbit_norm_frozen", torch.zeros(()))
 
-    # -- forward -----------------------------------------------------------------------------------------------
+    # -- forward ------------------------------------------------------------------------------------------
     def op(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The float operation."""
         raise NotImplementedError
@@ -72,8 +73,8 @@ class LowBitLayer(LowBitModule):
             return self.op(x, self.weight, self.bias)
         if self.norm is not None and self.channel_axis == -1 and x.dim() > 2:
             raise UnsupportedModelError(
-                f"{self.path}: its input has {x.dim()} axes, and the batch norm behind it counts channels along axis "
-                f"1, the layer along the last. Convert with skip=['{self.path}']."
+                f"{self.path}: its input has {x.dim()} axes, and the batch norm behind it counts channels "
+                f"along axis 1, the layer along the last. Convert with skip=['{self.path}']."
             )
         with self.precision(x):
             if self.full_precision() and x.dtype != torch.float64:
@@ -102,15 +103,23 @@ class LowBitLayer(LowBitModule):
         norm = self.norm
         if norm is None:
             return self.weight, self.bias
+        for hook in norm._forward_pre_hooks.values():
+            if isinstance(
+                hook, BasePruningMethod
+            ):  # renews norm.weight, in a forward that comes after this one
+                hook(norm, None)
         if norm.training and not self.norm_frozen and self.switch.mode is Mode.LOWBIT:
             y = self.op(x, self.weight, self.bias).to(self.weight.dtype)
-            norm._check_input_dim(y)
+            norm._check_input_dim(y)  # type: ignore[no-untyped-call]
             if y.numel() == y.shape[self.channel_axis]:
-                raise ValueError(f"{self.path}: expected more than one value per channel in training, got {y.shape}")
+                raise ValueError(
+                    f"{self.path}: expected more than one value per channel in training, got {y.shape}"
+                )
             mean, var, unbiased = batch_statistics(y, self.channel_axis)
             self._track(norm, mean.detach(), unbiased)
         else:
-            assert norm.running_mean is not None and norm.running_var is not None
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
             mean, var = norm.running_mean, norm.running_var
         return fold_batch_norm(
             self.weight, self.bias, norm.weight, norm.bias, mean, var, norm.eps, self.out_axis, self.groups
@@ -120,7 +129,8 @@ class LowBitLayer(LowBitModule):
     @torch.no_grad()
     def _track(norm: _BatchNorm, mean: Tensor, var: Tensor) -> None:
         """Moving averages, as torch's batch norm keeps them (momentum None: the plain average)."""
-        assert norm.running_mean is not None and norm.running_var is not None
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
         if norm.momentum is None:
@@ -150,14 +160,14 @@ class LowBitLayer(LowBitModule):
             return bias
         return bias.reshape(-1, *([1] * (y.dim() - 2)))
 
-    # -- over time, and for reports ----------------------------------------------------------------------------
+    # -- over time, and for reports -----------------------------------------------------------------------
     def milestone(self, what: str, reached: bool) -> None:
         if what == "freeze_batch_norm" and self.norm is not None and self.norm_frozen != reached:
             self.norm_frozen = reached
             self.lowbit_norm_frozen.fill_(float(reached))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if self.norm is not None:
             self.norm_frozen = bool(self.lowbit_norm_frozen.round().item())
 
@@ -176,22 +186,22 @@ class LowBitLayer(LowBitModule):
         return None if exponent is None or exponent.numel() > 1 else Grid(bits=32, exponent=int(exponent))
 
 
-class LowBitConv1d(LowBitLayer, nn.Conv1d):  # type: ignore[misc]  # weight: Tensor here, Parameter there
+class LowBitConv1d(LowBitLayer, nn.Conv1d):
     def op(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self._conv_forward(x, weight, bias)
+        return self._conv_forward(x, weight, bias)  # type: ignore[no-any-return]
 
 
-class LowBitConv2d(LowBitLayer, nn.Conv2d):  # type: ignore[misc]
+class LowBitConv2d(LowBitLayer, nn.Conv2d):
     def op(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self._conv_forward(x, weight, bias)
+        return self._conv_forward(x, weight, bias)  # type: ignore[no-any-return]
 
 
-class LowBitConv3d(LowBitLayer, nn.Conv3d):  # type: ignore[misc]
+class LowBitConv3d(LowBitLayer, nn.Conv3d):
     def op(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self._conv_forward(x, weight, bias)
+        return self._conv_forward(x, weight, bias)  # type: ignore[no-any-return]
 
 
-class LowBitLinear(LowBitLayer, nn.Linear):  # type: ignore[misc]
+class LowBitLinear(LowBitLayer, nn.Linear):  # type: ignore[misc]  # bias: Tensor | None here
     channel_axis = -1
 
     def op(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -212,23 +222,30 @@ class _Transposed(LowBitLayer):
 
     def op(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         padding = self._output_padding(
-            x, self.__dict__.get("requested"), self.stride, self.padding, self.kernel_size, self.dims, self.dilation
+            x,
+            self.__dict__.get("requested"),
+            self.stride,
+            self.padding,
+            self.kernel_size,
+            self.dims,
+            self.dilation,
         )
         # Not self.function(...): a builtin in a class attribute does not bind, which reads like a slip.
-        return type(self).function(
+        y: Tensor = type(self).function(
             x, weight, bias, self.stride, self.padding, padding, self.groups, self.dilation
-        )  # type: ignore[no-any-return]
+        )
+        return y
 
 
-class LowBitConvTranspose1d(_Transposed, nn.ConvTranspose1d):  # type: ignore[misc]
+class LowBitConvTranspose1d(_Transposed, nn.ConvTranspose1d):
     dims, function = 1, staticmethod(F.conv_transpose1d)
 
 
-class LowBitConvTranspose2d(_Transposed, nn.ConvTranspose2d):  # type: ignore[misc]
+class LowBitConvTranspose2d(_Transposed, nn.ConvTranspose2d):
     dims, function = 2, staticmethod(F.conv_transpose2d)
 
 
-class LowBitConvTranspose3d(_Transposed, nn.ConvTranspose3d):  # type: ignore[misc]
+class LowBitConvTranspose3d(_Transposed, nn.ConvTranspose3d):
     dims, function = 3, staticmethod(F.conv_transpose3d)
 
 

@@ -15,11 +15,12 @@ class Link:
     """One carrier on its way, for schemes whose exponents change from batch to batch.
 
     Its producer makes it in forward with ``exponent``; the consumer writes ``err_exponent`` when its backward
-    returns the error: int32 0-dim tensors on the device. A Link belongs to one forward: both sides keep it for
+    returns the error: int32 0-dim tensors on the device. A Link belongs to one forward: both sides keep it
+        for
     their backward, so that a second forward before that backward finds links of its own.
 
-    A tensor that forks gives each reader a branch; the error at the fork is the sum of the branches' errors, exact
-    on the finest of their grids (``error_exponent``), and is quantized once by the producer.
+    A tensor that forks gives each reader a branch; the error at the fork is the sum of the branches' errors,
+    exact on the finest of their grids (``error_exponent``), and is quantized once by the producer.
     """
 
     exponent: Tensor
@@ -31,7 +32,7 @@ class Link:
         return self.branches[-1]
 
     def error_exponent(self) -> Tensor | None:
-        """Exponent of the grid on which the error has come back; None if a reader is float and did not say."""
+        """Exponent of the grid on which the error has come back; None if a reader did not say."""
         if not self.branches:
             return self.err_exponent
         answers = [branch.error_exponent() for branch in self.branches]
@@ -50,8 +51,8 @@ class Station:
 class Links:
     """Where one module's carriers come from and go to, call by call.
 
-    A module called more than once in a forward takes ``calls`` in turn; ``rewind`` begins anew, whenever a network
-    that holds the module is entered.
+    A module called more than once in a forward takes ``calls`` in turn; ``rewind`` begins anew, whenever a
+    network that holds the module is entered.
 
     Attributes:
         calls: per call, the stations of its operands and those of its readers.
@@ -70,11 +71,10 @@ class Links:
         self.turn += 1
         return self.present
 
-    def send(self, link: Link) -> None:
-        """End a call: hand a branch of ``link`` to every reader of the result."""
+    def send(self, link: Link | None) -> None:
+        """End a call: hand a branch of ``link`` to every reader of the result; None: it is on no grid."""
         _, readers = self.calls[(self.turn - 1) % len(self.calls)] if self.calls else ([], [])
         for station in readers:
-            if station is None:  # a float reader: its error comes back on no grid that we know
-                link.branch()
-            else:
-                station.link = link.branch()
+            branch = None if link is None else link.branch()
+            if station is not None:  # else a float reader: its error comes back on no grid that we know
+                station.link = branch

@@ -1,6 +1,8 @@
-"""What stands in the place of a folded batch norm: itself while the network is float, nothing once it is folded."""
+"""What stands in the place of a folded batch norm: itself in a float network, nothing once folded."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -16,13 +18,14 @@ class LowBitBatchNorm(LowBitModule):
 
     lowbit_kind = Kind.BATCH_NORM
     lowbit_output: Quantizer | None
+    _check_input_dim: Callable[[Tensor], None]  # of torch's batch norm behind it
 
     def prepare(self) -> None:
         self.register_module("lowbit_output", None)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.switch.folding:
-            return super().forward(x)  # type: ignore[no-any-return, misc]  # torch's batch norm stands behind
+            return super().forward(x)  # type: ignore[no-any-return]
         self._check_input_dim(x)
         return on(self.lowbit_output, x)
 

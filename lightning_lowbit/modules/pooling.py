@@ -13,21 +13,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["WINDOW", "pool"]
+__all__ = ["WINDOW", "kind_of", "pool"]
 
 WINDOW = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
 """Arguments of torch's average pools, in their order."""
 
 
-def pool(function: Callable[..., Tensor], x: Tensor, *args: Any, **settings: Any) -> Tensor:
-    """What ``function``, an average pool of torch.nn.functional, returns, with one division per value.
+def kind_of(function: Callable[..., Tensor]) -> tuple[int, bool]:
+    """Spatial dimensions of an average pool of torch.nn.functional, and whether it is adaptive."""
+    return int(function.__name__[-2]), function.__name__.startswith("adaptive")
+
+
+def pool(kind: tuple[int, bool], x: Tensor, *args: Any, **settings: Any) -> Tensor:
+    """What an average pool of torch.nn.functional returns, with one division per value.
 
     Args:
+        kind: of the function (``kind_of``).
         x: [N, C, *spatial] or [C, *spatial]; codes times a power of two, their window sums below 2^24.
-        args, settings: as ``function`` takes them.
+        args, settings: as the function takes them.
     """
-    dims = int(function.__name__[-2])
-    if function.__name__.startswith("adaptive"):
+    dims, adaptive = kind
+    if adaptive:
         return _adaptive(x, _tuple(args[0] if args else settings["output_size"], dims))
     given = {**dict(zip(WINDOW, args, strict=False)), **settings}
     kernel, padding = _tuple(given["kernel_size"], dims), _tuple(given.get("padding", 0), dims)
@@ -52,11 +58,15 @@ def _pool(
         return sums / math.prod(kernel)
     counts = [
         _counted(size, k, s, p, windows, include)
-        for size, k, s, p, windows in zip(x.shape[-dims:], kernel, stride, padding, sums.shape[-dims:], strict=True)
+        for size, k, s, p, windows in zip(
+            x.shape[-dims:], kernel, stride, padding, sums.shape[-dims:], strict=True
+        )
     ]
     return sums / math.prod(
-        torch.tensor(count, dtype=x.dtype, device=x.device).reshape(-1, *([1] * (dims - 1 - axis)))
-        for axis, count in enumerate(counts)
+        [
+            torch.tensor(count, dtype=x.dtype, device=x.device).reshape(-1, *([1] * (dims - 1 - axis)))
+            for axis, count in enumerate(counts)
+        ]
     )
 
 
@@ -74,11 +84,9 @@ def _window_sums(
     if len(kernel) == 3:
         return F.avg_pool3d(x, kernel, stride, padding, ceil_mode, True, 1)
     if len(kernel) == 1:  # avg_pool1d has no divisor_override
-        lifted = F.avg_pool2d(
-            x[..., None, :], (1, *kernel), (1, *stride), (0, *padding), ceil_mode, True, 1
-        )  # type: ignore[arg-type]  # stubs want ints
+        lifted = F.avg_pool2d(x[..., None, :], (1, *kernel), (1, *stride), (0, *padding), ceil_mode, True, 1)
         return lifted[..., 0, :]
-    return F.avg_pool2d(x, kernel, stride, padding, ceil_mode, True, 1)  # type: ignore[arg-type]
+    return F.avg_pool2d(x, kernel, stride, padding, ceil_mode, True, 1)
 
 
 def _adaptive(x: Tensor, size: tuple[int | None, ...]) -> Tensor:
@@ -88,14 +96,14 @@ def _adaptive(x: Tensor, size: tuple[int | None, ...]) -> Tensor:
         n = x.shape[axis]
         m = n if wanted is None else wanted
         if n % m == 0:
-            x = x.unflatten(axis, (m, n // m)).sum(axis)
+            x = x.reshape(*x.shape[:axis], m, n // m, *x.shape[x.dim() + axis + 1 :]).sum(axis)
             counts.append(n // m)
             continue
         bounds = [(i * n // m, -(-(i + 1) * n // m)) for i in range(m)]
         x = torch.cat([x.narrow(axis, low, high - low).sum(axis, keepdim=True) for low, high in bounds], axis)
         width = torch.tensor([high - low for low, high in bounds], dtype=x.dtype, device=x.device)
         counts.append(width.reshape(-1, *([1] * (-axis - 1))))
-    return x / math.prod(counts)  # type: ignore[arg-type, return-value]  # ints and tensors multiply
+    return x / math.prod(counts)
 
 
 def _tuple(value: Any, dims: int) -> tuple[Any, ...]:

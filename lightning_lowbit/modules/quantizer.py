@@ -22,8 +22,8 @@ class Quantizer(nn.Module):
     """Base of the quantizers that schemes hand out.
 
     It passes tensors through until it is initialized (by calibration or from a checkpoint), and while its
-    network runs in float. State is in float32 buffers, since weight averaging truncates integer ones; ``ready``
-    and ``signed`` are their Python copies, so that no forward reads a device.
+    network runs in float. State is in float32 buffers, since weight averaging truncates integer ones;
+    ``ready`` and ``signed`` are their Python copies, so that no forward reads a device.
 
     Args:
         site: the tensor it stands for.
@@ -42,7 +42,7 @@ class Quantizer(nn.Module):
         self.register_buffer("initialized", torch.zeros(()))
         self.register_buffer("negative", torch.tensor(float(self.signed)))
 
-    # -- what a scheme's quantizer answers ---------------------------------------------------------------------
+    # -- what a scheme's quantizer answers ----------------------------------------------------------------
     @abstractmethod
     def quantize(self, x: Tensor, rectify: bool = False) -> Tensor:
         """Values of ``x`` (of relu(x) with ``rectify``) moved onto the grid."""
@@ -62,8 +62,8 @@ class Quantizer(nn.Module):
         """How many values of ``x`` lie beyond the grid, 0-dim."""
         return torch.zeros((), device=x.device)
 
-    # Calibration, in this order: observe in a first pass, close_pass, observe again if it asks for that, commit.
-    # close_pass and commit are called on the first member of a tie, for all of them.
+    # Calibration, in this order: observe in a first pass, close_pass, observe again if it asks for that,
+    # commit. close_pass and commit are called on the first member of a tie, for all of them.
     def observe(self, x: Tensor) -> None:
         """Look at a tensor."""
 
@@ -72,10 +72,10 @@ class Quantizer(nn.Module):
         return False
 
     def commit(self, all_reduce: AllReduce) -> None:
-        """Set the grid from what was seen and mark the tie ready; a tensor that was zero throughout stays open."""
+        """Set the grid from what was seen and mark the tie ready; a tensor of zeros only stays open."""
         self.set_ready()
 
-    # -- what all share ----------------------------------------------------------------------------------------
+    # -- what all share -----------------------------------------------------------------------------------
     def forward(self, x: Tensor, rectify: bool = False) -> Tensor:
         mode = self.switch.mode
         if mode is Mode.LOWBIT and self.switch.started and self.ready:
@@ -84,7 +84,10 @@ class Quantizer(nn.Module):
             return self.quantize(x, rectify)
         if rectify:
             x = F.relu(x)
-        if mode is Mode.OBSERVE and self.site.role not in ("weight", "bias"):  # those are read once, not per batch
+        if mode is Mode.OBSERVE and self.site.role not in (
+            "weight",
+            "bias",
+        ):  # those are read once, not per batch
             self.observe(x.detach())
         return x
 
@@ -99,19 +102,20 @@ class Quantizer(nn.Module):
         self.negative.fill_(float(signed))
 
     def refresh(self) -> None:
-        """Bring the Python copies up to date with the buffers (after a load, or after weights were averaged)."""
+        """Bring the Python copies up to date with the buffers: after a load, after averaging."""
         self.ready, self.signed = bool(self.initialized.round().item()), bool(self.negative.round().item())
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.refresh()
         self.switch.started = self.switch.started or self.ready
 
     def require_finite(self, bad: int) -> None:
         if bad:
             raise ConfigError(
-                f"{self.site.key}: {bad} values seen in calibration are NaN or infinite, expected finite numbers. Look at "
-                "the calibration batches and at the weights of the layers before it."
+                f"{self.site.key}: {bad} NaN or infinite value{'s' if bad > 1 else ''} in calibration, "
+                "expected finite "
+                "numbers. Look at the calibration batches and at the weights of the layers before it."
             )
 
     def extra_repr(self) -> str:

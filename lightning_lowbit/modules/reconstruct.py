@@ -45,11 +45,16 @@ def blocks(root: nn.Module) -> list[Block]:
                 visit(f"{path}.{name}" if path else name, child)
 
     visit("", root)
-    first = {b.path: min(order.get(m.path, 0) for m in b.module.modules() if isinstance(m, LowBitLayer)) for b in found}
+    first = {
+        b.path: min(order.get(m.path, 0) for m in b.module.modules() if isinstance(m, LowBitLayer))
+        for b in found
+    }
     return sorted(found, key=lambda block: first[block.path])
 
 
-def reconstruct(root: nn.Module, run: Callable[[], int], steps: int, lr: float, threshold_lr: float) -> dict[str, tuple[float, float]]:
+def reconstruct(
+    root: nn.Module, run: Callable[[], int], steps: int, lr: float, threshold_lr: float
+) -> dict[str, tuple[float, float]]:
     """Train each block so that its output, on inputs from the quantized network before it, is the float one's.
 
     Loss: mean squared error, Adam on the block's weights (``lr``) and thresholds (``threshold_lr``), batch norms
@@ -68,7 +73,12 @@ def reconstruct(root: nn.Module, run: Callable[[], int], steps: int, lr: float, 
     try:
         originals = {parameter: parameter.detach().clone() for parameter in root.parameters()}
         for block in blocks(root):
-            with torch.no_grad(), _holding(originals), _recording(block, outputs=True), mode([switch], Mode.FOLDED):
+            with (
+                torch.no_grad(),
+                _holding(originals),
+                _recording(block, outputs=True),
+                mode([switch], Mode.FOLDED),
+            ):
                 run()
             with torch.no_grad(), _recording(block, outputs=False):
                 run()
@@ -139,5 +149,7 @@ def _fit_block(block: Block, steps: int, lr: float, threshold_lr: float) -> tupl
 
 @torch.no_grad()
 def _error(block: Block) -> float:
-    losses = [F.mse_loss(block.module(*a, **k), t) for (a, k), t in zip(block.inputs, block.targets, strict=True)]
+    losses = [
+        F.mse_loss(block.module(*a, **k), t) for (a, k), t in zip(block.inputs, block.targets, strict=True)
+    ]
     return float(torch.stack(losses).mean())

@@ -17,7 +17,8 @@ __all__ = ["revert"]
 
 _FLOAT = {low: plain for plain, low in (*LAYERS.items(), *NORMS.items())}
 _STATE = (
-    "norm", "input_grid", "path", "scheme", "switch", "pattern", "links", "norm_frozen", "requested", "ungraded",
+    "norm", "input_grid", "path", "scheme", "switch", "pattern", "links", "norm_frozen", "requested",
+    "ungraded",
 )  # fmt: skip
 
 
@@ -45,4 +46,4 @@ def revert(root: nn.Module) -> None:
                 module._non_persistent_buffers_set.discard(name)
             for name in _STATE:
                 module.__dict__.pop(name, None)
-            module.__class__ = _FLOAT[type(module)]
+            module.__class__ = _FLOAT[type(module)]  # type: ignore[assignment]  # it was that before

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.prune import BasePruningMethod
 
 from lightning_lowbit.errors import ConfigError, UnsupportedModelError, nearest
 from lightning_lowbit.graph.ops import COMPUTE, FLOAT_BY_NATURE
@@ -17,7 +18,16 @@ from lightning_lowbit.modules.base import Scheme
 from lightning_lowbit.modules.layers import LowBitLayer
 from lightning_lowbit.modules.norm import NORMS
 
-__all__ = ["Pattern", "Selection", "check_layers", "check_patterns", "float_by_nature", "left_out", "norms_to_keep", "wanted_layers"]
+__all__ = [
+    "Pattern",
+    "Selection",
+    "check_layers",
+    "check_patterns",
+    "float_by_nature",
+    "left_out",
+    "norms_to_keep",
+    "wanted_layers",
+]
 
 Pattern = str | type[nn.Module]
 
@@ -65,9 +75,9 @@ def check_layers(root: nn.Module, selection: Selection) -> None:
     for path, module in root.named_modules():
         if isinstance(module, nn.MultiheadAttention) and selection.wants(path, module):
             raise UnsupportedModelError(
-                f"{path}: nn.MultiheadAttention multiplies with its projections' weights without calling them, so "
-                f"they would stay float unseen. Accept that with skip=['{path}'] (what stands around it is "
-                "converted), or use an attention written with nn.Linear layers."
+                f"{path}: nn.MultiheadAttention multiplies with its projections' weights without calling "
+                f"them, so they would stay float unseen. Accept that with skip=['{path}'] (what stands "
+                "around it is converted), or use an attention written with nn.Linear layers."
             )
 
 
@@ -76,14 +86,16 @@ def wanted_layers(root: nn.Module, selection: Selection) -> set[str]:
     layers = [path for path, module in root.named_modules() if type(module) in COMPUTE]
     if "" in layers:
         raise ConfigError(
-            f"{type(root).__name__}: the module itself is one layer, which cannot be replaced in place. Put it in a "
-            "container, e.g. nn.Sequential(layer)."
+            f"{type(root).__name__}: the module itself is one layer, which cannot be replaced in place. Put "
+            "it in a container, e.g. nn.Sequential(layer)."
         )
     skipped = left_out(root, selection)
     wanted = {path for path in layers if path not in skipped}
     if not wanted:
         lazy = any(isinstance(m, nn.modules.lazy.LazyModuleMixin) for m in root.modules())
-        found = f"{len(layers)} layers ({_count(skipped[path] for path in layers)})" if layers else "none of them"
+        found = (
+            f"{len(layers)} layers ({_count(skipped[path] for path in layers)})" if layers else "none of them"
+        )
         raise ConfigError(
             f"{type(root).__name__}: nothing to convert. Expected nn.Linear, nn.Conv1d/2d/3d or "
             f"nn.ConvTranspose1d/2d/3d, found {found}."
@@ -99,13 +111,14 @@ def _count(reasons: Iterable[str]) -> str:
 
 def left_out(root: nn.Module, selection: Selection) -> dict[str, str]:
     """Layers that multiply and are not converted: path -> reason."""
-    found = {}
+    found: dict[str, str] = {}
+    module: nn.Module
     for path, module in root.named_modules():
         if not isinstance(module, tuple(COMPUTE)) or isinstance(module, LowBitLayer):
             continue
         if selection.skips(path, module):
             found[path] = "by skip="
-        elif is_parametrized(module) or "weight" not in module._parameters:
+        elif is_parametrized(module) or ("weight" not in module._parameters and not _pruned(module)):
             found[path] = "its weight is computed (weight_norm, spectral_norm or a parametrization)"
         elif isinstance(module, nn.modules.lazy.LazyModuleMixin):
             found[path] = "lazy, it has no weights yet: run one batch before converting"
@@ -114,6 +127,11 @@ def left_out(root: nn.Module, selection: Selection) -> dict[str, str]:
         elif not selection.wants(path, module):
             found[path] = "not in include="
     return found
+
+
+def _pruned(module: nn.Module) -> bool:
+    """Whether torch.nn.utils.prune masks the weight: a constant factor, it stays one tensor with one grid."""
+    return any(isinstance(hook, BasePruningMethod) for hook in module._forward_pre_hooks.values())
 
 
 def float_by_nature(root: nn.Module) -> dict[str, list[str]]:
@@ -130,7 +148,9 @@ def norms_to_keep(root: nn.Module, scheme: Scheme) -> set[str]:
     kept = set()
     for path, module in root.named_modules():
         if isinstance(module, _BatchNorm):
-            foldable = type(module) in NORMS and module.track_running_stats and module.running_mean is not None
+            foldable = (
+                type(module) in NORMS and module.track_running_stats and module.running_mean is not None
+            )
             answer = scheme.batch_norm(Site(path, "output", "batch_norm"))
             if not foldable or answer != "fold":
                 kept.add(path)

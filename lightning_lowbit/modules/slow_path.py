@@ -1,4 +1,4 @@
-"""Encoder layers have a fused evaluation path that reads weights and calls nothing; low-bit ones must not take it."""
+"""Encoder layers have a fused evaluation path that calls nothing; low-bit ones must not take it."""
 
 from __future__ import annotations
 

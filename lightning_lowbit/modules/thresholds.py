@@ -1,4 +1,4 @@
-"""Quantizers whose scale is a power of two with a trained threshold, and the bias that follows the products' grid."""
+"""Quantizers with power-of-two scales and trained thresholds, and the bias on the products' grid."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ LOG2_T_LIMIT = 32
 
 
 class ThresholdQuantizer(Quantizer):
-    """Signed: codes -2^(b-1) .. 2^(b-1)-1, s = 2^ceil(log2_t) / 2^(b-1); unsigned: 0 .. 2^b-1, s = 2^ceil(log2_t) / 2^b.
+    """Signed: codes -2^(b-1) .. 2^(b-1)-1, s = 2^ceil(log2_t) / 2^(b-1); unsigned: 0 .. 2^b-1, s =
+    2^ceil(log2_t) / 2^b.
 
-    Members of a tie share ``log2_t`` (one Parameter under every member's path) and the step: unsigned members of a
-    tie with a signed one take the signed step.
+    Members of a tie share ``log2_t`` (one Parameter under every member's path) and the step: unsigned members
+    of a tie with a signed one take the signed step.
 
     Args:
         site: where it stands.
@@ -68,7 +69,7 @@ class ThresholdQuantizer(Quantizer):
 
     @property
     def qmax(self) -> int:
-        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+        return (1 << (self.bits - int(self.signed))) - 1
 
     @property
     def point(self) -> int:
@@ -81,18 +82,29 @@ class ThresholdQuantizer(Quantizer):
         return (ceiling - self.point).to(torch.int32)
 
     def grid(self) -> Grid:
-        return Grid(bits=self.bits, exponent=int(self.exponent()), signed=self.signed, narrow=self.narrow and self.signed)
+        return Grid(
+            bits=self.bits,
+            exponent=int(self.exponent()),
+            signed=self.signed,
+            narrow=self.narrow and self.signed,
+        )
 
     def quantize(self, x: Tensor, rectify: bool = False) -> Tensor:
         return threshold_quantize(
-            x, self.log2_t, qmin=self.qmin, qmax=self.qmax, point=self.point, rounding=self.rounding, rectify=rectify
+            x,
+            self.log2_t,
+            qmin=self.qmin,
+            qmax=self.qmax,
+            point=self.point,
+            rounding=self.rounding,
+            rectify=rectify,
         )
 
     def saturated(self, x: Tensor) -> Tensor:
         codes = round_to(x.detach() / pow2(self.exponent(), x.dtype), self.rounding)
         return ((codes < self.qmin) | (codes > self.qmax)).sum()
 
-    # -- ties and calibration ----------------------------------------------------------------------------------
+    # -- ties and calibration -----------------------------------------------------------------------------
     def share(self, group: Sequence[Quantizer], same_grid: bool) -> None:
         for member in group:
             if isinstance(member, ThresholdQuantizer):
@@ -105,7 +117,7 @@ class ThresholdQuantizer(Quantizer):
         self.observer.observe(x)
 
     def _observed(self) -> list[tuple[ThresholdQuantizer, RangeObserver]]:
-        """Members that take part in finding the threshold, with what they saw (an empty record if nothing)."""
+        """Members that take part in finding the threshold, with what they saw, if anything."""
         members = [m for m in self.group if isinstance(m, ThresholdQuantizer)]
         for member in members:
             member.observer = member.observer or RangeObserver()
@@ -166,12 +178,14 @@ class ThresholdQuantizer(Quantizer):
         histogram = observer.histogram
         assert histogram is not None
         if self.initialization == "klj":
-            return threshold_klj(histogram.magnitudes(member.signed), histogram.bin_width, member.bits, member.signed)
+            return threshold_klj(
+                histogram.magnitudes(member.signed), histogram.bin_width, member.bits, member.signed
+            )
         return threshold_percentile(histogram, self.percentile, member.signed)
 
 
 class AccumulatorQuantizer(ThresholdQuantizer):
-    """On the sum of products: its step is never finer than theirs, so that it is a right shift (section 4)."""
+    """On the sum of products: its step is never finer than theirs, so it is a right shift (section 4)."""
 
     layer: Any
 
@@ -185,12 +199,19 @@ class AccumulatorQuantizer(ThresholdQuantizer):
     def quantize(self, x: Tensor, rectify: bool = False) -> Tensor:
         log2_t = torch.maximum(self.log2_t, self._floor().to(self.log2_t.dtype))
         return threshold_quantize(
-            x, log2_t, qmin=self.qmin, qmax=self.qmax, point=self.point, rounding=self.rounding, rectify=rectify
+            x,
+            log2_t,
+            qmin=self.qmin,
+            qmax=self.qmax,
+            point=self.point,
+            rounding=self.rounding,
+            rectify=rectify,
         )
 
 
 class BiasQuantizer(ThresholdQuantizer):
-    """Bias on the accumulator's grid (one unit of the products, or of the accumulator's quantizer), or on its own.
+    """Bias on the accumulator's grid (one unit of the products, or of the accumulator's quantizer), or on its
+    own.
 
     Args:
         bits: width; 32 on the products' grid.
@@ -222,7 +243,11 @@ class BiasQuantizer(ThresholdQuantizer):
         if self.own:
             return super().quantize(x, rectify)
         unit = self._unit()
-        return x if unit is None else fake_quantize(x, unit, qmin=self.qmin, qmax=self.qmax, rounding=self.rounding)
+        return (
+            x
+            if unit is None
+            else fake_quantize(x, unit, qmin=self.qmin, qmax=self.qmax, rounding=self.rounding)
+        )
 
     def observe(self, x: Tensor) -> None:
         if self.own:

@@ -18,7 +18,7 @@ __all__ = ["Rewind", "connect"]
 
 
 def connect(root: nn.Module, flow: Flow, plan: Plan) -> None:
-    """Give every low-bit module a station per operand and per reader, for each of its calls in their order."""
+    """Give every low-bit module a station per operand and per reader, for each of its calls in order."""
     ops = {(op.owner, op.key): op.path for op in plan.ops}
     modules: dict[int, LowBitModule] = {}
     for call in flow.calls:
@@ -31,7 +31,9 @@ def connect(root: nn.Module, flow: Flow, plan: Plan) -> None:
     exits = {id(_source(call, modules)) for call in flow.exits}
     for call in flow.calls:
         if id(call) in modules:
-            operands[id(call)] = [_between(_source(source, modules), modules, stations) for source in call.inputs]
+            operands[id(call)] = [
+                _between(_source(source, modules), modules, stations) for source in call.inputs
+            ]
         elif call.kind is not Kind.KEEP and call.target is not None:
             for source in call.inputs:  # float code reads it
                 producer = _source(source, modules)

@@ -1,1 +1,1 @@
-"""Where the low-bit network meets Lightning: life cycle, calibration, checkpoints, precision, sample order."""
+"""Where the low-bit network meets Lightning: life cycle, calibration, checkpoints, precision, order."""

@@ -1,4 +1,4 @@
-"""Batches for calibration: where they come from, how a step is driven with them, and how it leaves no trace."""
+"""Batches for calibration: how a step is driven with them, and how that leaves no trace."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 import torchmetrics
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import nn
 from torch.utils.data import DataLoader
@@ -24,7 +24,16 @@ from lightning_lowbit.plugins.patching import Patches
 
 __all__ = ["drive", "undisturbed"]
 
-_SILENT = ("log", "log_dict", "manual_backward", "toggle_optimizer", "untoggle_optimizer", "clip_gradients", "backward", "print")
+_SILENT = (
+    "log",
+    "log_dict",
+    "manual_backward",
+    "toggle_optimizer",
+    "untoggle_optimizer",
+    "clip_gradients",
+    "backward",
+    "print",
+)
 
 
 def drive(trainer: Any, module: Any, loaders: Any, limit: int, step: str) -> int:
@@ -39,8 +48,9 @@ def drive(trainer: Any, module: Any, loaders: Any, limit: int, step: str) -> int
     Returns:
         number of batches fed.
     """
+    evaluation = step in ("validation_step", "test_step", "predict_step")
     combined = CombinedLoader(
-        apply_to_collection(loaders, DataLoader, _apart), "max_size_cycle" if step == "training_step" else "sequential"
+        apply_to_collection(loaders, DataLoader, _apart), "sequential" if evaluation else "max_size_cycle"
     )
     own = getattr(module, "calibration_step", None)
     count = 0
@@ -62,8 +72,10 @@ def drive(trainer: Any, module: Any, loaders: Any, limit: int, step: str) -> int
                 raise
             except Exception as error:
                 error.add_note(
-                    f"This happened in {type(module).__name__}.{'calibration_step' if own else step} during calibration, which runs it without "
-                    "gradients and with logging and optimizers silenced. Give the module a calibration_step(batch) that only "
+                    f"This happened in {type(module).__name__}.{'calibration_step' if own else step} during "
+                    "calibration, which runs it without "
+                    "gradients and with logging and optimizers silenced. Give the module a "
+                    "calibration_step(batch) that only "
                     "calls the network."
                 )
                 raise
@@ -77,7 +89,11 @@ def _apart(loader: DataLoader[Any]) -> DataLoader[Any]:
     Calibration in mid-epoch must not take the workers of the training loop, nor be taken for its pass.
     """
     twin = copy.copy(loader)
-    for name, value in {"_iterator": None, "batch_sampler": loader.batch_sampler, "sampler": loader.sampler}.items():
+    for name, value in {
+        "_iterator": None,
+        "batch_sampler": loader.batch_sampler,
+        "sampler": loader.sampler,
+    }.items():
         object.__setattr__(twin, name, value.inner if isinstance(value, RecordedOrder) else value)
     return twin
 
@@ -92,18 +108,25 @@ def _arity(function: Any) -> int:
 
 @contextmanager
 def undisturbed(trainer: Any, module: Any, loaders: CombinedLoader | None = None) -> Iterator[None]:
-    """Leave random state, buffers and metrics as they were, and keep the step's side effects from happening."""
+    """Leave random state, buffers and metrics as they were, and silence the step's side effects."""
     patches = Patches()
     silent = _Silent()
     for name in _SILENT:
         patches.set(module, name, silent)
     count = len(getattr(trainer, "optimizers", []) or [])
-    patches.set(module, "optimizers", lambda *a, **k: silent if count < 2 else [_Silent() for _ in range(count)])
+    patches.set(
+        module, "optimizers", lambda *a, **k: silent if count < 2 else [_Silent() for _ in range(count)]
+    )
     patches.set(module, "lr_schedulers", lambda *a, **k: silent)
-    generators = [g for loader in (loaders.flattened if loaders is not None else []) for g in _generators(loader)]
+    generators = [
+        g for loader in (loaders.flattened if loaders is not None else []) for g in _generators(loader)
+    ]
     states = [generator.get_state() for generator in generators]
     buffers = _buffers(module)
-    metrics = [(m, {k: copy.deepcopy(v) for k, v in m.__dict__.items() if k in m._defaults or k in _METRIC_STATE}) for m in _metrics(module)]
+    metrics = [
+        (m, {k: copy.deepcopy(v) for k, v in m.__dict__.items() if k in m._defaults or k in _METRIC_STATE})
+        for m in _metrics(module)
+    ]
     try:
         with isolate_rng(include_cuda=torch.cuda.is_available()):
             yield
@@ -130,7 +153,7 @@ def _metrics(module: nn.Module) -> list[torchmetrics.Metric]:
 
 
 def _buffers(module: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The user's buffers with copies of their values; the quantizers' are what calibration is there to set."""
+    """The user's buffers with copies of their values; the quantizers' are for calibration to set."""
     ours = {id(b) for m in module.modules() if isinstance(m, Quantizer) for b in m.buffers()}
     metric = {id(b) for m in _metrics(module) for b in m.buffers()}
     return [(b, b.detach().clone()) for b in module.buffers() if id(b) not in ours | metric]

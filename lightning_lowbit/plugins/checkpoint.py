@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,7 +19,8 @@ from lightning_lowbit.plugins.checks import check_checkpoint_file
 from lightning_lowbit.schemes import find
 
 __all__ = [
-    "KEY", "add_open_keys", "compare_spec", "float_state_dict", "initialize_from", "load_from_checkpoint", "read_scheme", "write_spec",
+    "KEY", "add_open_keys", "compare_spec", "difference", "float_state_dict", "initialize_from",
+    "load_from_checkpoint", "read_scheme", "write_spec",
 ]  # fmt: skip
 
 KEY = "lightning_lowbit"
@@ -55,22 +57,39 @@ def _plain(value: Any) -> Any:
         return [_plain(v) for v in value]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value if type(value) in (bool, int, float, str, type(None)) else type(value).__mro__[-2](value)
-    raise ConfigError(f"scheme option {value!r} ({type(value).__name__}) is no plain type and cannot be kept in a checkpoint.")
+    raise ConfigError(
+        f"scheme option {value!r} ({type(value).__name__}) is no plain type and cannot be kept in a "
+        "checkpoint."
+    )
 
 
 def read_scheme(spec: Mapping[str, Any]) -> Scheme:
     """The scheme of a checkpoint, looked up by name among known classes; nothing is imported by path."""
     if spec.get("format") != FORMAT:
         raise ConfigError(
-            f"checkpoint: low-bit format {spec.get('format')!r} (written by lightning-lowbit {spec.get('version')}), this version "
+            f"checkpoint: low-bit format {spec.get('format')!r} (written by lightning-lowbit "
+            f"{spec.get('version')}), this version "
             f"reads format {FORMAT}. Install the version that wrote it."
         )
     cls = find(spec["scheme"])
-    known = {f.name for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
+    known: set[str] = {f.name for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
     unknown = sorted(set(spec["options"]) - known)
     if unknown:
-        raise ConfigError(f"checkpoint: {cls.__name__} has no option {unknown[0]!r}; it was written by version {spec.get('version')}.")
+        raise ConfigError(
+            f"checkpoint: {cls.__name__} has no option {unknown[0]!r}; it was written by version "
+            f"{spec.get('version')}."
+        )
     return cls(**spec["options"])
+
+
+def difference(saved: Scheme, here: Scheme) -> str:
+    """Where two schemes differ, for messages: ``Tqt(act_bits=8), this callback has act_bits=4``."""
+    options = getattr(saved, "__dataclass_fields__", {})
+    if type(saved) is not type(here) or not options:
+        return f"{saved}, this callback has {here}"
+    names = [name for name in options if getattr(saved, name) != getattr(here, name)]
+    theirs, ours = (", ".join(f"{name}={getattr(s, name)!r}" for name in names) for s in (saved, here))
+    return f"{type(saved).__name__}({theirs}), this callback has {ours}"
 
 
 def compare_spec(spec: Mapping[str, Any], conversion: Conversion, model: nn.Module) -> None:
@@ -80,8 +99,10 @@ def compare_spec(spec: Mapping[str, Any], conversion: Conversion, model: nn.Modu
         if saved != found:
             only_saved, only_here = sorted(saved - found), sorted(found - saved)
             raise ConfigError(
-                f"{(only_saved or only_here)[0]}: the checkpoint has {len(saved)} low-bit {name}s, {type(model).__name__} has "
-                f"{len(found)} (only in the checkpoint: {only_saved[:3]}; only here: {only_here[:3]}). Expected the same layers, "
+                f"{(only_saved or only_here)[0]}: the checkpoint has {len(saved)} low-bit {name}s, "
+                f"{type(model).__name__} has "
+                f"{len(found)} (only in the checkpoint: {only_saved[:3]}; only here: {only_here[:3]}). "
+                "Expected the same layers, "
                 "skip= and include= as in training; to start anew from its weights use init_from=."
             )
     saved_ties = {tuple(sorted(tie)) for tie in spec["ties"]}
@@ -89,8 +110,10 @@ def compare_spec(spec: Mapping[str, Any], conversion: Conversion, model: nn.Modu
     if saved_ties != here_ties:
         tie = sorted(saved_ties ^ here_ties)[0]
         raise ConfigError(
-            f"{tie[0]}: tied to {', '.join(tie[1:])} {'in the checkpoint' if tie in saved_ties else 'here'} and not "
-            f"{'here' if tie in saved_ties else 'in the checkpoint'}. The forward of {type(model).__name__} differs from the one that "
+            f"{tie[0]}: tied to {', '.join(tie[1:])} {'in the checkpoint' if tie in saved_ties else 'here'} "
+            "and not "
+            f"{'here' if tie in saved_ties else 'in the checkpoint'}. The forward of {type(model).__name__} "
+            "differs from the one that "
             "was trained; use the same code."
         )
 
@@ -114,8 +137,9 @@ def float_state_dict(module: nn.Module) -> dict[str, Tensor]:
 def initialize_from(path: str | Path, module: nn.Module) -> None:
     """Load float weights from a checkpoint that anybody made into ``module``, all or nothing.
 
-    Takes a state dict, or a file that holds one under ``state_dict`` or ``model``. Prefixes of wrappers (module.,
-    _orig_mod., model., net.) are stripped; then the one prefix under which all names and shapes agree is used.
+    Takes a state dict, or a file that holds one under ``state_dict`` or ``model``. Prefixes of wrappers
+    (module., _orig_mod., model., net.) are stripped; then the one prefix is used under which all names and
+    shapes agree.
 
     Raises:
         ConfigError: keys are missing, unexpected or of another shape; all are listed and nothing is loaded.
@@ -124,7 +148,9 @@ def initialize_from(path: str | Path, module: nn.Module) -> None:
     wanted = {k: v for k, v in module.state_dict().items() if "lowbit" not in k}
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     best: tuple[int, str, dict[str, Tensor]] | None = None
-    for prefix in sorted({""} | {_PREFIXES[i] for i in range(len(_PREFIXES))} | {f"{k.split('.')[0]}." for k in wanted}):
+    for prefix in sorted(
+        {""} | {_PREFIXES[i] for i in range(len(_PREFIXES))} | {f"{k.split('.')[0]}." for k in wanted}
+    ):
         here = {k.removeprefix(prefix): k for k in wanted if k.startswith(prefix)}
         candidate = {here[k]: v for k, v in saved.items() if k in here and wanted[here[k]].shape == v.shape}
         if best is None or len(candidate) > best[0]:
@@ -141,7 +167,13 @@ def initialize_from(path: str | Path, module: nn.Module) -> None:
     if missing or unexpected:
         raise ConfigError(
             f"init_from={str(path)!r} does not fit {type(module).__name__}; nothing was loaded."
-            + _listing("of another shape", [f"{k} {tuple(saved[k.removeprefix(prefix)].shape)} for {tuple(wanted[k].shape)}" for k in shapes])
+            + _listing(
+                "of another shape",
+                [
+                    f"{k} {tuple(saved[k.removeprefix(prefix)].shape)} for {tuple(wanted[k].shape)}"
+                    for k in shapes
+                ],
+            )
             + _listing("missing in the file", [k for k in missing if k not in shapes])
             + _listing("unexpected in the file", unexpected)
             + " Check that the file and the model are the same architecture."
@@ -159,17 +191,31 @@ def _read_float(path: str | Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        unpickling = isinstance(error, pickle.UnpicklingError)
+        why = (
+            "the file holds Python objects beside tensors"
+            if unpickling
+            else " ".join(str(error).split())[:200]
+        )
         raise ConfigError(
-            f"init_from={str(path)!r}: torch.load(weights_only=True) failed: {' '.join(str(error).split())[:200]}. Expected a state dict of "
-            "tensors; save one with torch.save(module.state_dict(), path)."
+            f"init_from={str(path)!r}: torch.load(weights_only=True) failed: {why or type(error).__name__}. "
+            "Expected a "
+            "state dict of tensors; save one with torch.save(module.state_dict(), path)."
         ) from error
     for name in ("state_dict", "model_state_dict", "model", "net"):
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
             break
-    tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
+    tensors = (
+        {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
+        if isinstance(content, Mapping)
+        else {}
+    )
     if not tensors:
-        raise ConfigError(f"init_from={str(path)!r}: no tensors found, expected a state dict or a file with one under 'state_dict'.")
+        raise ConfigError(
+            f"init_from={str(path)!r}: no tensors found, expected a state dict or a file with one under "
+            "'state_dict'."
+        )
     while True:
         prefix = next((p for p in _PREFIXES if all(k.startswith(p) for k in tensors)), None)
         if prefix is None:
@@ -186,8 +232,8 @@ def _listing(title: str, keys: list[str]) -> str:
 def load_from_checkpoint(cls: type[_M], path: str | Path, map_location: Any = None, **kwargs: Any) -> _M:
     """Load a LightningModule that was trained in low bits, without Trainer or callback.
 
-    Lightning's own loader does the work on a subclass that converts the network, by what the file says, before
-    the weights arrive. A float checkpoint comes back converted by nothing: it is the float module.
+    Lightning's own loader does the work, on a subclass that converts the network by what the file says before
+    the weights arrive. A float checkpoint comes back unconverted: it is the float module.
 
     Args:
         cls: the user's LightningModule class.
@@ -214,9 +260,12 @@ def restore_conversion(model: nn.Module, spec: Mapping[str, Any]) -> Conversion:
     missing = [path for path in spec["layers"] if path not in present]
     if missing:
         raise ConfigError(
-            f"{missing[0]}: low-bit in the checkpoint, absent from {type(model).__name__}. Layers must exist when the checkpoint is read: "
+            f"{missing[0]}: low-bit in the checkpoint, absent from {type(model).__name__}. Layers must "
+            "exist when the checkpoint is read: "
             "build them in __init__ or configure_model, with the hyperparameters of the training."
         )
-    conversion = convert_module(model, read_scheme(spec), Selection(include=list(spec["layers"])), spec["ties"])
+    conversion = convert_module(
+        model, read_scheme(spec), Selection(include=list(spec["layers"])), spec["ties"]
+    )
     compare_spec(spec, conversion, model)
     return conversion

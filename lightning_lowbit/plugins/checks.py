@@ -1,4 +1,4 @@
-"""What cannot work is refused by name before anything is lost: precisions, strategies, neighbors, optimizers."""
+"""What cannot work is refused by name before anything is lost: precision, strategy, neighbors, files."""
 
 from __future__ import annotations
 
@@ -11,12 +11,25 @@ from torch import nn
 
 from lightning_lowbit.errors import ConfigError
 
-__all__ = ["check_checkpoint_file", "check_neighbors", "check_optimizers", "check_root_mode", "check_stepped", "check_trainer"]
+__all__ = [
+    "check_checkpoint_file",
+    "check_neighbors",
+    "check_optimizers",
+    "check_root_mode",
+    "check_stepped",
+    "check_trainer",
+]
 
 # By name: the same classes exist in two Lightning namespaces.
 _COPIES_THE_MODEL = ("WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging")
 _EDITS_WEIGHTS = ("ModelPruning",)
-_UNTESTED_STRATEGIES = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy", "XLAStrategy", "XLAFSDPStrategy")
+_UNTESTED_STRATEGIES = (
+    "FSDPStrategy",
+    "ModelParallelStrategy",
+    "DeepSpeedStrategy",
+    "XLAStrategy",
+    "XLAFSDPStrategy",
+)
 
 
 def _names(value: Any) -> list[str]:
@@ -28,26 +41,31 @@ def check_trainer(trainer: Any) -> None:
     precision = str(trainer.precision)
     if precision in ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16"):
         raise ConfigError(
-            f"Trainer(precision={precision!r}): parameters in half precision cannot hold the grids (8 significant bits and the "
+            f"Trainer(precision={precision!r}): parameters in half precision cannot hold the grids (8 "
+            "significant bits and the "
             "running sums of training). Expected '32-true', '64-true', 'bf16-mixed' or '16-mixed'."
         )
     strategy = trainer.strategy
     for name in _names(strategy):
         if name in _UNTESTED_STRATEGIES:
             raise ConfigError(
-                f"Trainer(strategy={name}): low-bit training under it is untested and may be quietly wrong. Expected one device "
+                f"Trainer(strategy={name}): low-bit training under it is untested and may be quietly wrong. "
+                "Expected one device "
                 "or strategy='ddp'."
             )
     launcher = getattr(strategy, "_start_method", "popen")
     if launcher in ("spawn", "fork", "forkserver") and "DDPStrategy" in _names(strategy):
         raise ConfigError(
-            f"Trainer(strategy='ddp_{launcher}'): the processes hand back a float module, the trained low-bit one is lost. "
+            f"Trainer(strategy='ddp_{launcher}'): the processes hand back a float module, the trained "
+            "low-bit one is lost. "
             "Use strategy='ddp', which launches this script once a process."
         )
     if getattr(strategy, "_layer_sync", None) is not None:
         raise ConfigError(
-            "Trainer(sync_batchnorm=True): it replaces batch norms that are folded into their layers. Leave it out: in the "
-            "frozen phase all processes use the same statistics (freeze early with FoldBatchNorm(freeze=...) or init_from=)."
+            "Trainer(sync_batchnorm=True): it replaces batch norms that are folded into their layers. Leave "
+            "it out: in the "
+            "frozen phase all processes use the same statistics (freeze early with "
+            "FoldBatchNorm(freeze=...) or init_from=)."
         )
 
 
@@ -58,7 +76,8 @@ def check_neighbors(trainer: Any, ours: Any) -> None:
         for name in _names(callback):
             if name in (*_COPIES_THE_MODEL, *_EDITS_WEIGHTS):
                 raise ConfigError(
-                    f"Trainer(callbacks=[..., {type(callback).__name__}, ..., {type(ours).__name__}]): {type(callback).__name__} took "
+                    f"Trainer(callbacks=[..., {type(callback).__name__}, ..., {type(ours).__name__}]): "
+                    f"{type(callback).__name__} took "
                     f"the float model in its setup. Put {type(ours).__name__} before it in the list."
                 )
 
@@ -67,7 +86,8 @@ def check_optimizers(trainer: Any) -> None:
     for optimizer in trainer.optimizers:
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ConfigError(
-                "configure_optimizers: LBFGS evaluates the loss many times a step on a smooth function, which a quantized network is "
+                "configure_optimizers: LBFGS evaluates the loss many times a step on a smooth function, "
+                "which a quantized network is "
                 "not, and thresholds would step once for many evaluations. Use SGD or Adam."
             )
 
@@ -76,21 +96,25 @@ def check_stepped(waiting: list[str]) -> None:
     """Refuse an epoch in which trained ranges got gradients and no step came by; call it where none came."""
     if waiting:
         raise ConfigError(
-            f"{waiting[0]}: it got gradients for a whole epoch and was never stepped ({len(waiting)} such in all), so ranges would "
-            "stay at their calibration. A raw optimizer.step() passes the Trainer by: take the optimizers from self.optimizers(), "
-            "whose step() goes through it, or call lightning_lowbit.lowbit_step(self, optimizer) in its place."
+            f"{waiting[0]}: it got gradients for a whole epoch and was never stepped ({len(waiting)} such "
+            "in all), so ranges would "
+            "stay at their calibration. A raw optimizer.step() passes the Trainer by: take the optimizers "
+            "from self.optimizers(), "
+            "whose step() goes through it, or call lightning_lowbit.lowbit_step(self, optimizer) in its "
+            "place."
         )
 
 
 def check_checkpoint_file(path: Any, option: str) -> None:
-    """Refuse a file that is cut off before anybody starts to load it; other formats are left to their loaders."""
+    """Refuse a file that is cut off before anybody loads it; other formats are left to their loaders."""
     if not isinstance(path, (str, Path)) or not Path(path).is_file():
         return
     with open(path, "rb") as file:
         head = file.read(4)
-    if head[:2] == b"PK" and not zipfile.is_zipfile(path):
+    if not head or (head[:2] == b"PK" and not zipfile.is_zipfile(path)):
         raise ConfigError(
-            f"{option}={str(path)!r}: the file is cut off ({Path(path).stat().st_size} bytes, no zip directory at its end). It was "
+            f"{option}={str(path)!r}: the file is cut off ({Path(path).stat().st_size} bytes, no zip "
+            "directory at its end). It was "
             "probably still being written; take an earlier checkpoint or copy it again."
         )
 
@@ -103,8 +127,10 @@ def check_root_mode(module: nn.Module) -> list[str]:
     """
     if not module.training:
         raise ConfigError(
-            f"{type(module).__name__} was handed to fit in eval mode: batch norms and dropout would not train, and Lightning leaves it "
-            "so. Call module.train() first (from_pretrained and load_from_checkpoint helpers often end in eval())."
+            f"{type(module).__name__} was handed to fit in eval mode: batch norms and dropout would not "
+            "train, and Lightning leaves it "
+            "so. Call module.train() first (from_pretrained and load_from_checkpoint helpers often end in "
+            "eval())."
         )
     found: list[str] = []
     for path, child in module.named_modules():

@@ -6,7 +6,7 @@ import os
 import shutil
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
 from lightning_lowbit.graph.rewrite import TracedForward
@@ -14,7 +14,8 @@ from lightning_lowbit.modules.base import LowBitModule
 
 __all__ = ["compile_in_place"]
 
-# Each phase (float, batch norm live, frozen; train and eval) is a variant of the same code to torch.compile, whose
+# Each phase (float, batch norm live, frozen; train and eval) is a variant of the same code to torch.compile,
+# whose
 # limit of 8 would end in eager with only a warning.
 _VARIANTS = 64
 
@@ -25,7 +26,9 @@ def compile_in_place(model: nn.Module) -> None:
     torch.compile of a whole LightningModule fails in training_step as soon as it logs.
     """
     if not _has_compiler():
-        rank_zero_info("lightning_lowbit: compile=True, but there is no C++ compiler (g++ or $CXX): running eager.")
+        rank_zero_info(
+            "lightning_lowbit: compile=True, but there is no C++ compiler (g++ or $CXX): running eager."
+        )
         return
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
     forward = model.__dict__.get("forward")

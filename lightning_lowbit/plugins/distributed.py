@@ -26,7 +26,7 @@ def all_reduce(tensor: Tensor, op: str) -> Tensor:
 
 
 def reduce_sum(tensor: Tensor) -> Tensor:
-    """Sum over processes; exact for integer tensors that do not overflow (gloo wraps int8: use int32 or int64)."""
+    """Sum over processes; exact for integer tensors that do not overflow (gloo wraps int8: use int32)."""
     return all_reduce(tensor, "sum")
 
 
@@ -36,15 +36,26 @@ def reduce_mean(tensor: Tensor) -> Tensor:
 
 
 def ignore_in_ddp(model: nn.Module, strategy: Any, patches: Patches) -> None:
-    """List what no gradient of DDP's reducer reaches: quantizers (their gradients come late or never, and are
-    averaged by the update rule) and parameters that a scheme updates itself. With nothing left there is no wrap."""
-    names = {f"{path}.{name}" for path, q in quantizers(model) for name, _ in (*q.named_parameters(), *q.named_buffers())}
+    """List what no gradient of DDP's reducer reaches; with nothing left for it there is no wrap.
+
+    These are quantizers (their gradients come late or never, and the update rule averages them) and what a
+    scheme updates itself.
+    """
+    names = {
+        f"{path}.{name}"
+        for path, q in quantizers(model)
+        for name, _ in (*q.named_parameters(), *q.named_buffers())
+    }
     own = {id(t) for _, q in quantizers(model) for t in (*q.parameters(), *q.buffers())}
     own |= {id(getattr(module, name)) for _, module in low_bit_modules(model) for name in module.ungraded}
     every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     names |= {name for name, tensor in every if id(tensor) in own}
     patches.set(model, _IGNORED, sorted(names))
-    left = [name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad and name not in names]
+    left = [
+        name
+        for name, p in model.named_parameters(remove_duplicate=False)
+        if p.requires_grad and name not in names
+    ]
     if not left and hasattr(strategy, "configure_ddp"):
         patches.set(strategy, "configure_ddp", lambda: None)
 

@@ -1,4 +1,4 @@
-"""The user's own validation, run once more inside a fit: same loop, same hooks, nothing logged, nothing kept."""
+"""The user's own validation, run once more inside a fit: same loop and hooks, nothing logged or kept."""
 
 from __future__ import annotations
 

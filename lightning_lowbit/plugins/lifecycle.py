@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_lowbit.errors import ConfigError
-from lightning_lowbit.graph.ops import COMPUTE
 from lightning_lowbit.modules.base import (
     Milestone,
     Mode,
@@ -21,18 +20,23 @@ from lightning_lowbit.modules.base import (
     StepContext,
     Tally,
     UpdateRule,
-    low_bit_modules,
     mode,
     switch_of,
 )
-from lightning_lowbit.modules.calibrate import calibrate, reset
-from lightning_lowbit.modules.convert import Pattern, Selection, convert_module, is_converted, quantizers
-from lightning_lowbit.modules.revert import revert
+from lightning_lowbit.modules.calibrate import reset
+from lightning_lowbit.modules.convert import Pattern, Selection, is_converted, quantizers
 from lightning_lowbit.plugins import checks
-from lightning_lowbit.plugins.batches import drive
-from lightning_lowbit.plugins.checkpoint import KEY, add_open_keys, compare_spec, initialize_from, read_scheme, write_spec
+from lightning_lowbit.plugins.calibration import calibrate_before_evaluation, calibrate_on, update_averages
+from lightning_lowbit.plugins.checkpoint import (
+    KEY,
+    add_open_keys,
+    compare_spec,
+    initialize_from,
+    read_scheme,
+    write_spec,
+)
 from lightning_lowbit.plugins.compiling import compile_in_place
-from lightning_lowbit.plugins.distributed import all_reduce, ignore_in_ddp, reduce_mean, reduce_sum, share_ignored
+from lightning_lowbit.plugins.distributed import ignore_in_ddp, reduce_mean, reduce_sum, share_ignored
 from lightning_lowbit.plugins.evaluation import validate_within_fit, validation_metrics
 from lightning_lowbit.plugins.label_free import reconstruct_within_fit
 from lightning_lowbit.plugins.moments import check_moment
@@ -40,7 +44,8 @@ from lightning_lowbit.plugins.patching import Patches
 from lightning_lowbit.plugins.precision import low_bit, rule_of
 from lightning_lowbit.plugins.presence import Presence
 from lightning_lowbit.plugins.resume import ResumeState
-from lightning_lowbit.plugins.schedule import Schedule
+from lightning_lowbit.plugins.schedule import Schedule, run_length
+from lightning_lowbit.plugins.swap import has_layers, swap, swap_for_checkpoint
 from lightning_lowbit.reports.summary import print_report
 from lightning_lowbit.schemes import resolve
 
@@ -48,11 +53,13 @@ __all__ = ["Lifecycle"]
 
 
 class Lifecycle(Callback):
-    """Everything between ``Trainer(callbacks=[...])`` and a trained low-bit network; QuantCallback is its public face."""
+    """From ``Trainer(callbacks=[...])`` to a trained low-bit network; QuantCallback is the public face."""
 
     def __init__(
-        self, scheme: Scheme | str = "tqt", skip: Sequence[Pattern] = (), include: Sequence[Pattern] | None = None,
-        init_from: str | None = None, calibrate_batches: int = 8, start: Moment | None = None, compile: bool = False,
+        self, scheme: Scheme | str = "tqt", skip: Sequence[Pattern] = (),
+        include: Sequence[Pattern] | None = None,
+        init_from: str | None = None, calibrate_batches: int = 8, start: Moment | None = None, compile: bool
+            = False,
         evaluate: bool = True, resume_order: bool | None = None,
     ) -> None:  # fmt: skip
         check_moment("start", start)
@@ -69,10 +76,17 @@ class Lifecycle(Callback):
         self.schedule: Schedule | None = None
         self.rule: UpdateRule | None = None
         self._patches = Patches()
-        self._resume = ResumeState(0 if (self.scheme.reproducible if resume_order is None else resume_order) else None)
+        self._resume = ResumeState(
+            0 if (self.scheme.reproducible if resume_order is None else resume_order) else None
+        )
         self._presence = Presence(self.selection)
         self._restored: dict[str, Any] | None = None  # the run's section of the checkpoint that was read
-        self._from_checkpoint = self._initialized = False
+        self._initialized: weakref.ref[nn.Module] | None = (
+            None  # the module that has the weights of init_from
+        )
+        self._max_epochs: int | None = (
+            None  # as the user gave it: weight averaging adds an epoch for statistics
+        )
         self._reached: Any = None
         self._steps_before_epoch: int | None = None  # None where the epoch was not quantized from its start
         self._tally = Tally()
@@ -81,24 +95,26 @@ class Lifecycle(Callback):
         """Put these in place of the scheme's milestones of the same kind."""
         self.replaced.update({milestone.what: milestone for milestone in milestones})
 
-    # -- before anything is built ------------------------------------------------------------------------------
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         others = [c for c in trainer.callbacks if isinstance(c, Lifecycle) and c is not self]
         if others:
             raise ConfigError(f"Trainer(callbacks=...): {1 + len(others)} QuantCallbacks, expected one.")
         checks.check_trainer(trainer)
         checks.check_checkpoint_file(trainer.ckpt_path, "ckpt_path")
+        self._undo()
+        self._restored = None
         if stage == "fit":
             checks.check_neighbors(trainer, self)
-        self._undo()
-        self._restored, self._from_checkpoint = None, False
-        # Plain functions bound by partial: a deepcopy of the module rebinds them to the copy, and undo removes them.
+            self.schedule, self._max_epochs = None, trainer.max_epochs
+            self._resume.attach(trainer)  # the loaders may be asked for as early as in configure_optimizers
+        # Plain functions bound by partial: a deepcopy of the module rebinds them to the copy.
         for name, function in (
             ("configure_model", self._configure_model), ("on_load_checkpoint", self._on_load_checkpoint),
-            ("on_save_checkpoint", self._on_save_checkpoint), ("configure_optimizers", self._configure_optimizers),
+            ("on_save_checkpoint", self._on_save_checkpoint),
+            ("configure_optimizers", self._configure_optimizers),
         ):  # fmt: skip
             self._patch(trainer, pl_module, name, function)
-        if any(type(m) in COMPUTE for m in pl_module.modules()):
+        if has_layers(pl_module):
             self._swap(trainer, pl_module)
 
     def _patch(self, trainer: Any, pl_module: Any, name: str, function: Any) -> None:
@@ -111,71 +127,49 @@ class Lifecycle(Callback):
         self._patches.set(pl_module, name, functools.partial(patched, pl_module))
 
     def _configure_model(self, trainer: Any, pl_module: Any, original: Any) -> None:
-        """Layers may have been built in setup or are built here; weights from elsewhere arrive behind this."""
+        """Layers were built in setup or are built here; weights from elsewhere arrive behind this."""
         original()
         self._swap(trainer, pl_module)
-        if self.init_from is not None and not trainer.ckpt_path and not self._initialized:
+        done = self._initialized is not None and self._initialized() is pl_module
+        if self.init_from is not None and not trainer.ckpt_path and not done:
             initialize_from(self.init_from, pl_module)
-            self._initialized = True
+            self._initialized = weakref.ref(pl_module)
             rank_zero_info(f"lightning_lowbit: weights from {self.init_from}")
 
     def _swap(self, trainer: Any, pl_module: Any) -> None:
-        if is_converted(pl_module) and self._late_layers(pl_module):
-            revert(pl_module)
-        if is_converted(pl_module):  # by this callback, an earlier one, or loaded low-bit
-            self._adopt(pl_module)
-        else:
-            convert_module(pl_module, self.scheme, self.selection)
-        switch_of(pl_module).managed = True
+        self.scheme = swap(pl_module, self.scheme, self.by_name, self.selection)
         ignore_in_ddp(pl_module, trainer.strategy, self._patches)
         if not hasattr(trainer.strategy.precision_plugin, "lowbit_model"):
-            plugin = trainer.strategy.precision_plugin
-            context = functools.partial(self.step_context, trainer)
-            self._patches.set(trainer.strategy, "_precision_plugin", low_bit(plugin, pl_module, context))
-
-    def _late_layers(self, pl_module: nn.Module) -> bool:
-        return any(type(m) in COMPUTE and self.selection.wants(path, m) for path, m in pl_module.named_modules())
-
-    def _adopt(self, pl_module: nn.Module) -> None:
-        scheme = next(m.scheme for _, m in low_bit_modules(pl_module))
-        if scheme != self.scheme and not (self.by_name and scheme.name == self.scheme.name):
-            raise ConfigError(
-                f"{type(pl_module).__name__} is converted already, with {scheme}; this callback asks for {self.scheme}. Start from the float "
-                "module, or pass the same scheme."
+            plugin = low_bit(
+                trainer.strategy.precision_plugin, pl_module, functools.partial(self.step_context, trainer)
             )
-        self.scheme = scheme
+            self._patches.set(trainer.strategy, "_precision_plugin", plugin)
 
-    # -- checkpoints -------------------------------------------------------------------------------------------
-    def _on_load_checkpoint(self, trainer: Any, pl_module: Any, original: Any, checkpoint: dict[str, Any]) -> None:
+    def _on_load_checkpoint(
+        self, trainer: Any, pl_module: Any, original: Any, checkpoint: dict[str, Any]
+    ) -> None:
         spec = checkpoint.get(KEY)
         if spec is None:
             if trainer.state.fn == "fit":
                 raise ConfigError(
-                    f"ckpt_path={str(trainer.ckpt_path)!r} is a float checkpoint: it initializes, it does not resume. Pass it as "
+                    f"ckpt_path={str(trainer.ckpt_path)!r} is a float checkpoint: it initializes, it does "
+                    "not resume. Pass it as "
                     "QuantCallback(init_from=...) and leave ckpt_path out."
                 )
             add_open_keys(checkpoint["state_dict"], pl_module)
         else:
-            self._take_scheme(pl_module, read_scheme(spec))
+            self.scheme = swap_for_checkpoint(
+                pl_module, read_scheme(spec), self.scheme, self.by_name, self.selection
+            )
             compare_spec(spec, switch_of(pl_module).conversion, pl_module)
             reset(pl_module)  # what is open or calibrated is what the file says
-            self._restored, self._from_checkpoint = spec.get("run"), True
+            if "run" in spec:  # a tuner puts back what it saved before the run began
+                self._restored = spec["run"]
         original(checkpoint)
 
-    def _take_scheme(self, pl_module: nn.Module, saved: Scheme) -> None:
-        if saved == self.scheme:
-            return
-        if not self.by_name or saved.name != self.scheme.name:
-            raise ConfigError(
-                f"ckpt_path: trained with {saved}, this callback has {self.scheme}. Pass the same scheme, or only its name "
-                f"({saved.name!r}) to take the options from the checkpoint."
-            )
-        self.scheme = saved
-        revert(pl_module)
-        convert_module(pl_module, self.scheme, self.selection)
-        switch_of(pl_module).managed = True
-
-    def _on_save_checkpoint(self, trainer: Any, pl_module: Any, original: Any, checkpoint: dict[str, Any]) -> None:
+    def _on_save_checkpoint(
+        self, trainer: Any, pl_module: Any, original: Any, checkpoint: dict[str, Any]
+    ) -> None:
         original(checkpoint)
         spec = write_spec(self.scheme, self.selection, switch_of(pl_module).conversion)
         if "optimizer_states" in checkpoint and self.schedule is not None:
@@ -184,18 +178,16 @@ class Lifecycle(Callback):
                 "rule": {} if self.rule is None else self.rule.state_dict(),
                 "resume": self._resume.state_dict(trainer),
                 "metrics": {name: dict(values) for name, values in self.metrics.items()},
-                "max_epochs": trainer.max_epochs,
+                "max_epochs": self._max_epochs,
             }
         checkpoint[KEY] = spec
 
-    # -- fit ---------------------------------------------------------------------------------------------------
     def _configure_optimizers(self, trainer: Any, pl_module: Any, original: Any) -> Any:
         """The user's groups never see the scheme's parameters (minGPT-style code counts all of them)."""
         hidden = [(q, dict(q._parameters)) for _, q in quantizers(pl_module)]
         try:
-            for quantizer, parameters in hidden:
-                for name in parameters:
-                    del quantizer._parameters[name]
+            for quantizer, _ in hidden:
+                quantizer._parameters.clear()
             return original()
         finally:
             for quantizer, parameters in hidden:
@@ -210,27 +202,34 @@ class Lifecycle(Callback):
         checks.check_optimizers(trainer)
         share_ignored(pl_module)
         self.rule = rule_of(pl_module, renew=True)
-        if not self._from_checkpoint:
-            self.metrics = {}
         if self._restored is not None:
             self.schedule = Schedule.from_state(self._restored["schedule"])
             self.metrics = {name: dict(values) for name, values in self._restored["metrics"].items()}
             if self.rule is not None:
                 self.rule.load_state_dict(self._restored["rule"])
             self._resume.load_state_dict(self._restored["resume"])
-        self._resume.attach(trainer)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         switch = switch_of(pl_module)
         if self._restored is None:
-            pretrained = self.init_from is not None or self._from_checkpoint
+            self.metrics = {}
+            if switch.provisional:
+                reset(pl_module)  # it was calibrated for an evaluation, not trained
+            pretrained = self.init_from is not None or switch.started
             start = self.scheme.start(pretrained) if self.start is None else self.start
-            self.schedule = Schedule.make(trainer, start, self.scheme.milestones(), tuple(self.replaced.values()))
-            if not self._from_checkpoint and switch.started:
-                reset(pl_module)  # calibrated for an evaluation before this fit, on other weights
-        elif self._restored["max_epochs"] != trainer.max_epochs:
+            self.schedule = Schedule.make(
+                trainer,
+                run_length(trainer, self._max_epochs),
+                start,
+                self.scheme.milestones(),
+                tuple(self.replaced.values()),
+            )
+            if self.schedule.begin > 0:
+                reset(pl_module)
+        elif self._restored["max_epochs"] != self._max_epochs:
             rank_zero_warn(
-                f"resumed with max_epochs={trainer.max_epochs}, begun with {self._restored['max_epochs']}: fractions keep the steps "
+                f"resumed with max_epochs={self._max_epochs}, begun with {self._restored['max_epochs']}: "
+                "fractions keep the steps "
                 "that they had."
             )
         assert self.schedule is not None
@@ -257,7 +256,7 @@ class Lifecycle(Callback):
         step = self.step(trainer)
         if step >= self.schedule.begin and not switch_of(pl_module).started:
             self._begin(trainer, pl_module)
-        # Weight averaging recomputes norm statistics in one more epoch without backward: not with frozen ones.
+        # Weight averaging recomputes norm statistics in one more epoch without backward: with live ones.
         suspended = frozenset({"freeze_batch_norm"} if trainer.fit_loop._skip_backward else ())
         reached = (self.schedule.reached(step), suspended)
         if reached != self._reached:
@@ -281,9 +280,10 @@ class Lifecycle(Callback):
                 self.metrics["float"] = validate_within_fit(trainer)
         loaders = self.calibration_loader if self.calibration_loader is not None else trainer.train_dataloader
         settings = self.scheme.reconstruction()
-        self._calibrate(trainer, pl_module, loaders, "training_step" if settings is None else "forward")
-        for callback in trainer.callbacks:
-            self._bring_up_to_date(pl_module, getattr(callback, "_average_model", None))
+        step = "training_step" if settings is None else "forward"
+        calibrate_on(trainer, pl_module, loaders, self.calibrate_batches, self.selection, step)
+        self._presence.expect(pl_module)
+        update_averages(trainer, pl_module)
         if evaluate:
             self.metrics["calibrated"] = validate_within_fit(trainer)
         if settings is not None:
@@ -291,53 +291,24 @@ class Lifecycle(Callback):
             if evaluate:
                 self.metrics["trained"] = validate_within_fit(trainer)
 
-    def _calibrate(self, trainer: Any, pl_module: Any, loaders: Any, step: str) -> None:
-        run = functools.partial(drive, trainer, pl_module, loaders, self.calibrate_batches, step)
-        silent = functools.partial(self._may_be_silent, pl_module)
-        still_open = calibrate(pl_module, run, all_reduce, silent)
-        if still_open:
-            rank_zero_warn(f"zero throughout calibration, so they stay float: {', '.join(still_open[:6])} ({len(still_open)} in all).")
-        self._presence.expect(pl_module)
-
-    def _may_be_silent(self, pl_module: nn.Module, path: str) -> bool:
-        return self.selection.skips(path, pl_module.get_submodule(path))
-
-    @staticmethod
-    def _bring_up_to_date(pl_module: nn.Module, copy: nn.Module | None) -> None:
-        """Averaged copies were made of the float network; they average grids from here on."""
-        if copy is None:
-            return
-        twins = dict(copy.named_modules())
-        prefix = "module." if isinstance(copy, torch.optim.swa_utils.AveragedModel) else ""
-        for path, quantizer in quantizers(pl_module):
-            twin = twins.get(f"{prefix}{path}")
-            if twin is not None:
-                twin.load_state_dict(quantizer.state_dict())
-
-    # -- evaluation --------------------------------------------------------------------------------------------
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         if trainer.state.fn != "fit":
-            self._calibrate_for_evaluation(trainer, pl_module, trainer.validate_loop._combined_loader, "validation_step")
+            self._before_evaluation(trainer, pl_module, trainer.validate_loop, "validation_step")
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
-        self._calibrate_for_evaluation(trainer, pl_module, trainer.test_loop._combined_loader, "test_step")
+        self._before_evaluation(trainer, pl_module, trainer.test_loop, "test_step")
 
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
-        self._calibrate_for_evaluation(trainer, pl_module, trainer.predict_loop._combined_loader, "predict_step")
+        self._before_evaluation(trainer, pl_module, trainer.predict_loop, "predict_step")
 
-    def _calibrate_for_evaluation(self, trainer: Any, pl_module: Any, own: Any, step: str) -> None:
-        """A network that was never calibrated gets its grids before its first evaluation, and only then."""
-        if switch_of(pl_module).started:
-            return
-        loaders, how = self.calibration_loader, "training_step"
-        if loaders is None and trainer.datamodule is not None:
-            loaders = getattr(trainer.datamodule, "calibration_dataloader", lambda: None)()
-        if loaders is None:
-            loaders, how = own.iterables if hasattr(own, "iterables") else own, step
-            rank_zero_info("lightning_lowbit: not calibrated yet; taking the first evaluation batches (no labels are used).")
-        self._calibrate(trainer, pl_module, loaders, how)
+    def _before_evaluation(self, trainer: Any, pl_module: Any, loop: Any, step: str) -> None:
+        source = (self.calibration_loader, self.calibrate_batches, self.selection)
+        if calibrate_before_evaluation(trainer, pl_module, loop, step, *source):
+            self._presence.expect(pl_module)
 
-    def on_validation_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def on_validation_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         self._watch(pl_module, batch_idx, dataloader_idx)
 
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
@@ -365,7 +336,6 @@ class Lifecycle(Callback):
             kind = "trained" if switch_of(pl_module).started else "float"
             self.metrics[kind] = validation_metrics(trainer)
 
-    # -- the end -----------------------------------------------------------------------------------------------
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.is_global_zero and not trainer.fast_dev_run and switch_of(pl_module).started:
             print_report(pl_module, self.metrics, self._tally)

@@ -1,4 +1,4 @@
-"""Moments of a run as steps: fractions, epochs and "N steps", resolved once and then compared with a counter."""
+"""Moments of a run as steps: fractions, epochs and "N steps", resolved once, then compared with a counter."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def check_moment(name: str, moment: Moment | None) -> None:
     if isinstance(moment, str) and moment.removesuffix("steps").removesuffix("step").strip().isdigit():
         return
     raise ConfigError(
-        f"{name}={moment!r}: expected a fraction of the run in (0, 1), an epoch as int, steps as '500 steps', or 0 for at once."
+        f"{name}={moment!r}: expected a fraction of the run in (0, 1), an epoch as int, steps as '500 "
+        "steps', or 0 for at once."
     )
 
 
@@ -57,5 +58,7 @@ def resolve(moment: Moment, run: RunLength, begin: int = 0) -> int:
     if isinstance(moment, float):
         return begin + math.floor(moment * (run.reference - begin))
     if moment and run.per_epoch is None:
-        raise ConfigError(f"epoch {moment}: the loader has no length, so epochs have no steps. Give '500 steps' instead.")
+        raise ConfigError(
+            f"epoch {moment}: the loader has no length, so epochs have no steps. Give '500 steps' instead."
+        )
     return moment * (run.per_epoch or 0)

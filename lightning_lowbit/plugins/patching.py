@@ -10,7 +10,7 @@ _ABSENT = object()
 
 
 class Patches:
-    """Instance attributes set over what was there; ``undo`` restores all, in reverse order, any number of times."""
+    """Instance attributes set over what was there; ``undo`` restores all, and may be called twice."""
 
     def __init__(self) -> None:
         self._before: list[tuple[Any, str, Any]] = []

@@ -1,4 +1,4 @@
-"""The optimizer step: the scheme's update rule beside the user's optimizer, whatever precision plugin is in use."""
+"""The optimizer step: the scheme's update rule beside the user's optimizer, under any precision plugin."""
 
 from __future__ import annotations
 
@@ -24,18 +24,25 @@ _STEPS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 def rule_of(model: nn.Module, renew: bool = False) -> UpdateRule | None:
     """The update rule of a converted network, made when it is first asked for (or anew)."""
     if renew or model not in _RULES:
-        modules: dict[str, nn.Module] = dict(low_bit_modules(model))
-        scheme = next(iter(modules.values())).scheme if modules else None  # type: ignore[union-attr]  # LowBitModules
-        _RULES[model] = scheme.update_rule(modules) if scheme is not None else None  # type: ignore[union-attr]
+        modules = dict(low_bit_modules(model))
+        scheme = next((module.scheme for module in modules.values()), None)
+        _RULES[model] = None if scheme is None else scheme.update_rule(dict(modules))
     return _RULES[model]
 
 
 def owned_modules(model: nn.Module, optimizer: torch.optim.Optimizer) -> set[str]:
-    """Paths of the low-bit modules that step with ``optimizer``: layers whose weight it holds, and the norms and
-    operations that stand nearest to such a layer (the longest common path)."""
+    """Paths of the low-bit modules that step with ``optimizer``: the layers whose weight it holds.
+
+    Norms and operations go with the layer that stands nearest to them (the longest common path).
+    """
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     paths = [path for path, _ in low_bit_modules(model)]
-    layers = {path: id(m.weight) in held for path, m in low_bit_modules(model) if isinstance(m, LowBitLayer)}
+    # A pruned layer's weight is computed; the parameter behind it has this name in torch.
+    layers = {
+        path: id(getattr(m, "weight_orig", m.weight)) in held
+        for path, m in low_bit_modules(model)
+        if isinstance(m, LowBitLayer)
+    }
     if all(layers.values()):
         return set(paths)
 
@@ -94,29 +101,31 @@ class LowBitPrecision(Precision):
 
 
 def low_bit(base: Any, model: nn.Module, context: Callable[[], StepContext]) -> Any:
-    """``base`` (a precision plugin of either Lightning namespace) with the update rule in its optimizer step.
+    """``base`` (a precision plugin of either Lightning namespace) with the update rule in its step.
 
-    The class is made from the plugin's own, so that Lightning's checks by class and its clipping still hold, and
-    keeps its qualified name, under which checkpoints store the plugin's state.
+    The class is made from the plugin's own, so that Lightning's checks by class and its clipping still hold.
+    It keeps the qualified name, under which checkpoints store the plugin's state.
     """
-    cls = _class_for(type(base))
-    plugin = object.__new__(cls)
+    kind: Any = type(base)
+    plugin: Any = object.__new__(_class_for(kind))
     plugin.__dict__.update(base.__dict__)
     plugin.__dict__.update(lowbit_model=model, lowbit_context=context, lowbit_steps=0)
     return plugin
 
 
 @functools.cache
-def _class_for(base: type) -> type:
+def _class_for(base: Any) -> Any:
     def optimizer_step(self: Any, optimizer: Any, model: Any, closure: Any, **kwargs: Any) -> Any:
         self.lowbit_steps += 1
         scaler = getattr(self, "scaler", None)
         context: StepContext = self.lowbit_context()
         if scaler is not None and scaler.is_enabled():
-            context = StepContext(context.step, context.total_steps, context.reduce_sum, context.reduce_mean, scaler.get_scale())
+            context = StepContext(
+                context.step, context.total_steps, context.reduce_sum, context.reduce_mean, scaler.get_scale()
+            )
 
         def step(after_backward: Callable[[], Any]) -> Any:
-            return super(cls, self).optimizer_step(optimizer, model=model, closure=after_backward, **kwargs)  # type: ignore[misc]
+            return base.optimizer_step(self, optimizer, model=model, closure=after_backward, **kwargs)
 
         return lowbit_step(self.lowbit_model, optimizer, closure, context, step)
 
@@ -125,24 +134,29 @@ def _class_for(base: type) -> type:
         def context(self: Any) -> Iterator[None]:
             """Evaluation leaves autocast, so that its numbers do not depend on the training precision."""
             device = next((p.device.type for p in self.lowbit_model.parameters()), "cpu")
-            with getattr(super(cls, self), name)(), torch.autocast(device, enabled=False):  # type: ignore[misc]
+            with getattr(base, name)(self), torch.autocast(device, enabled=False):
                 yield
 
         return context
 
     def reduce(self: Any) -> Any:
-        plain = object.__new__(base)
+        plain: Any = object.__new__(base)
         state = {k: v for k, v in self.__dict__.items() if not k.startswith("lowbit_")}
         plain.__dict__.update(state)
         return _restore, (plain,)
 
-    members = {
-        "optimizer_step": optimizer_step, "__reduce__": reduce, "__qualname__": base.__qualname__,
-        "__module__": base.__module__,
-    }  # fmt: skip
-    members.update({name: evaluation_context(name) for name in ("val_step_context", "test_step_context", "predict_step_context")})
-    cls = type(base.__name__, (base,), members)
-    return cls
+    contexts = ("val_step_context", "test_step_context", "predict_step_context")
+    return type(
+        base.__name__,
+        (base,),
+        {
+            "optimizer_step": optimizer_step,
+            "__reduce__": reduce,
+            "__qualname__": base.__qualname__,
+            "__module__": base.__module__,
+            **{name: evaluation_context(name) for name in contexts},
+        },
+    )
 
 
 def _restore(plain: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A layer that ran in calibration must run in evaluation: fused evaluation paths read weights and call nothing."""
+"""A layer that ran in calibration must run in evaluation: fused paths read weights and call nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ __all__ = ["Presence"]
 class Presence:
     """Looks at the first evaluation batch after calibration, once.
 
-    A silent layer counts only if the container that holds it ran: the discriminator of a GAN need not be evaluated.
+    A silent layer counts only if the container that holds it ran: the discriminator of a GAN need not be
+    evaluated.
     """
 
     def __init__(self, selection: Selection) -> None:
@@ -35,25 +36,26 @@ class Presence:
         self.ran = set()
         switch_of(model).ran = set()
         for parent in {path.rpartition(".")[0] for path in self.expected}:
-            self.handles.append(model.get_submodule(parent).register_forward_pre_hook(_Note(self.ran, parent)))
+            self.handles.append(
+                model.get_submodule(parent).register_forward_pre_hook(_Note(self.ran, parent))
+            )
 
     def check(self, model: nn.Module) -> None:
         if not self.expected or not self.handles:
             return
         switch = switch_of(model)
         ran, switch.ran = switch.ran or set(), None
-        silent = sorted(
-            path for path in self.expected - ran
-            if path.rpartition(".")[0] in self.ran and not self.selection.skips(path, model.get_submodule(path))
-        )  # fmt: skip
+        reached = {path for path in self.expected - ran if path.rpartition(".")[0] in self.ran}
+        silent = sorted(path for path in reached if not self.selection.skips(path, model.get_submodule(path)))
         self.forget()
         self.expected = set()
         if silent:
             raise UnsupportedModelError(
                 f"{silent[0]}: converted and calibrated, but the first evaluation batch went through "
                 f"{silent[0].rpartition('.')[0] or type(model).__name__} without calling it"
-                + (f" ({len(silent)} layers in all)" if len(silent) > 1 else "")
-                + f". Its weights are used unquantized there, or not at all. If that is meant, pass skip=['{silent[0]}']."
+                f"{f' ({len(silent)} layers in all)' if len(silent) > 1 else ''}"
+                ". Its weights are used unquantized there, or not at all. If that is meant, pass "
+                f"skip=['{silent[0]}']."
             )
 
     def forget(self) -> None:

@@ -1,11 +1,11 @@
-"""What is due when: moments resolved to steps once, then compared with the step counter, forwards or backwards."""
+"""What is due when: moments resolved to steps once, then compared with the step counter."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.modules.base import Milestone, Moment, UpdateRule, low_bit_modules
@@ -14,11 +14,18 @@ from lightning_lowbit.plugins.moments import RunLength, resolve
 __all__ = ["Schedule", "run_length"]
 
 
-def run_length(trainer: Any) -> RunLength:
-    """Optimizer steps of the present fit; call it when the train loader exists."""
-    total = trainer.estimated_stepping_batches
-    batches = trainer.num_training_batches
-    per_epoch = None if batches == float("inf") else max(1, -(-int(batches) // trainer.accumulate_grad_batches))
+def run_length(trainer: Any, max_epochs: int | None) -> RunLength:
+    """Optimizer steps of the present fit; call it when the train loader exists.
+
+    Args:
+        trainer: the Trainer.
+        max_epochs: as the user gave it; weight averaging adds an epoch without steps to the trainer's.
+    """
+    total, batches = trainer.estimated_stepping_batches, trainer.num_training_batches
+    endless = batches == float("inf")
+    per_epoch = None if endless else max(1, -(-int(batches) // trainer.accumulate_grad_batches))
+    if per_epoch is not None and max_epochs is not None and max_epochs > 0:
+        total = min(total, per_epoch * max_epochs)
     return RunLength(None if total == float("inf") else int(total), per_epoch)
 
 
@@ -38,17 +45,20 @@ class Schedule:
 
     @classmethod
     def make(
-        cls, trainer: Any, start: Moment, milestones: tuple[Milestone, ...], replaced: tuple[Milestone, ...] = (),
+        cls, trainer: Any, run: RunLength, start: Moment, milestones: tuple[Milestone, ...], replaced:
+            tuple[Milestone, ...] = (),
     ) -> Schedule:  # fmt: skip
         """Resolve for a new run.
 
         Args:
+            run: its length.
+            start: when quantization begins.
             milestones: the scheme's; their fractions count from the start of quantization.
-            replaced: the user's (Freeze, FoldBatchNorm); of the whole run, in place of the scheme's of the same kind.
+            replaced: the user's (Freeze, FoldBatchNorm); of the whole run, in place of the scheme's of the
+                same kind.
         Raises:
             ConfigError: a moment that the run does not reach (a warning where the run was cut on purpose).
         """
-        run = run_length(trainer)
         begin = resolve(start, run)
         steps = {m.what: resolve(m.when, run, begin) for m in milestones if m.when is not None}
         steps.update({m.what: resolve(m.when, run) for m in replaced if m.when is not None})
@@ -65,15 +75,19 @@ class Schedule:
         for what, step in {"start": self.begin, **self.steps}.items():
             if step >= self.run.total and step > 0:
                 message = (
-                    f"{what}={start if what == 'start' else moments.get(what)!r} means step {step}, this run ends after "
-                    f"{self.run.total} steps, so it would never act. Choose a fraction of the run, an earlier moment, or train longer."
+                    f"{what}={start if what == 'start' else moments.get(what)!r} means step {step}, this "
+                    "run ends after "
+                    f"{self.run.total} steps, so it would never act. Choose a fraction of the run, an "
+                    "earlier moment, or train longer."
                 )
                 if trainer.fast_dev_run or trainer.overfit_batches:
                     rank_zero_warn(message)
                 else:
                     raise ConfigError(message)
 
-    def apply(self, model: Any, rule: UpdateRule | None, step: int, suspended: frozenset[str] = frozenset()) -> None:
+    def apply(
+        self, model: Any, rule: UpdateRule | None, step: int, suspended: frozenset[str] = frozenset()
+    ) -> None:
         """Tell all low-bit modules and the rule what is reached at ``step``; idempotent and reversible."""
         for what, when in self.steps.items():
             reached = step >= when and what not in suspended
@@ -87,7 +101,12 @@ class Schedule:
         return tuple(step >= when for when in self.steps.values())
 
     def state_dict(self) -> dict[str, Any]:
-        return {"total": self.run.total, "per_epoch": self.run.per_epoch, "begin": self.begin, "steps": dict(self.steps)}
+        return {
+            "total": self.run.total,
+            "per_epoch": self.run.per_epoch,
+            "begin": self.begin,
+            "steps": dict(self.steps),
+        }
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Schedule:
@@ -96,5 +115,7 @@ class Schedule:
     def __str__(self) -> str:
         run = "of an endless run" if self.run.total is None else f"of {self.run.total}"
         parts = [f"quantization from step {self.begin} {run}"]
-        parts += [f"{what} from {step}" for what, step in sorted(self.steps.items(), key=lambda item: item[1])]
+        parts += [
+            f"{what} from {step}" for what, step in sorted(self.steps.items(), key=lambda item: item[1])
+        ]
         return ", ".join(parts)

@@ -22,14 +22,20 @@ GROUP = "lightning_lowbit.schemes"
 
 def registry() -> dict[str, type[Scheme]]:
     """All schemes by name: modules of this folder, then installed entry points (which cannot replace a built-in)."""
+    found = _built_in()
+    for entry in entry_points(group=GROUP):
+        if entry.name not in found:
+            found[entry.name] = entry.load()
+    return found
+
+
+def _built_in() -> dict[str, type[Scheme]]:
     found: dict[str, type[Scheme]] = {}
     for module in pkgutil.iter_modules(__path__):
         loaded = importlib.import_module(f"{__name__}.{module.name}")
         for value in vars(loaded).values():
             if isinstance(value, type) and issubclass(value, Scheme) and value.name and value.__module__ == loaded.__name__:
                 found[value.name] = value
-    for entry in entry_points(group=GROUP):
-        found.setdefault(entry.name, entry.load())
     return found
 
 
@@ -38,6 +44,9 @@ def find(name: str) -> type[Scheme]:
 
     Names that come from files are looked up here and nowhere else; nothing is imported by path.
     """
+    built_in = _built_in()
+    if name in built_in:  # without looking at entry points: somebody's broken one is not in the way
+        return built_in[name]
     known = registry()
     if name in known:
         return known[name]

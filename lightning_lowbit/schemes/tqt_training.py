@@ -157,6 +157,11 @@ class ThresholdRule(UpdateRule):
 
     def milestone(self, what: str, reached: bool, when: int) -> None:
         self.when[what] = when
+        if what == "freeze_ranges" and not reached:  # what an earlier fit froze
+            for leader in self.thresholds.values():
+                for member in leader.group:
+                    if isinstance(member, ThresholdQuantizer):
+                        member.frozen.fill_(0.0)
 
     @torch.no_grad()
     def step(self, owned: set[str], context: StepContext) -> None:

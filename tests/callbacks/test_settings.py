@@ -23,7 +23,9 @@ def history(folder: Path, *callbacks: Any, **options: Any) -> tuple[list[bool], 
     def on_train_batch_end(*args: Any) -> None:
         found[0].append(quantized(net))
         found[1].append(net.body.conv1.norm_frozen)
-        found[2].append(sum(bool(q.frozen) for _, q in quantizers(net) if getattr(q, "log2_t", None) is not None))
+        found[2].append(
+            sum(bool(q.frozen) for _, q in quantizers(net) if getattr(q, "log2_t", None) is not None)
+        )
 
     net.on_train_batch_end = on_train_batch_end
     trainer(folder, *callbacks, **options).fit(net, loader(), loader())
@@ -31,7 +33,9 @@ def history(folder: Path, *callbacks: Any, **options: Any) -> tuple[list[bool], 
 
 
 @pytest.mark.parametrize(
-    ("start", "step"), [(0, 0), (0.0, 0), (0.25, 3), (1, 6), ("4 steps", 4), ("1 step", 1), (None, 3)], ids=repr
+    ("start", "step"),
+    [(0, 0), (0.0, 0), (0.25, 3), (1, 6), ("4 steps", 4), ("1 step", 1), (None, 3)],
+    ids=repr,
 )
 def test_start_takes_fractions_epochs_and_steps(tmp_path: Path, start: Any, step: int) -> None:
     started, _, _ = history(tmp_path, QuantCallback(start=start))
@@ -75,14 +79,18 @@ def test_none_never_freezes(tmp_path: Path) -> None:
     assert thresholds == [0] * 12
 
 
-def test_fractions_of_the_scheme_count_from_the_start_and_those_of_the_user_from_the_beginning(tmp_path: Path) -> None:
+def test_fractions_of_the_scheme_count_from_the_start_and_those_of_the_user_from_the_beginning(
+    tmp_path: Path,
+) -> None:
     _, norms, _ = history(tmp_path, QuantCallback(Tqt(freeze_batch_norm=0.5), start=0.5))
     assert norms == [False] * 9 + [True] * 3
     _, norms, _ = history(tmp_path, QuantCallback(start=0.5), FoldBatchNorm(0.5))
     assert norms == [False] * 6 + [True] * 6
 
 
-@pytest.mark.parametrize("setting", [Freeze(0.5), FoldBatchNorm(0.5), Calibrate(batches=1)], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize(
+    "setting", [Freeze(0.5), FoldBatchNorm(0.5), Calibrate(batches=1)], ids=lambda s: type(s).__name__
+)
 def test_a_setting_without_a_quant_callback_is_refused(tmp_path: Path, setting: Any) -> None:
     with pytest.raises(ConfigError, match=r"there is none. Add QuantCallback\(\)"):
         trainer(tmp_path, setting).fit(seeded_net(), loader())
@@ -91,4 +99,6 @@ def test_a_setting_without_a_quant_callback_is_refused(tmp_path: Path, setting: 
 @pytest.mark.filterwarnings(r"ignore:.*would never act")
 def test_short_runs_on_purpose_warn_and_go_on(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="means step 500, this run ends after"):
-        trainer(tmp_path, QuantCallback(start="500 steps"), fast_dev_run=2).fit(seeded_net(), loader(), loader())
+        trainer(tmp_path, QuantCallback(start="500 steps"), fast_dev_run=2).fit(
+            seeded_net(), loader(), loader()
+        )

@@ -19,7 +19,9 @@ from lightning_lowbit.graph.fold import batch_statistics
         ((1, 2, 1, 1), torch.contiguous_format),
     ],
 )
-def test_statistics_and_their_gradients_equal_float64(shape: tuple[int, ...], memory_format: torch.memory_format) -> None:
+def test_statistics_and_their_gradients_equal_float64(
+    shape: tuple[int, ...], memory_format: torch.memory_format
+) -> None:
     y = torch.randn(shape, generator=torch.Generator().manual_seed(3)) * 2 + 1
     y = y.contiguous(memory_format=memory_format)
     weights = torch.linspace(-1, 2, shape[1]), torch.linspace(3, 1, shape[1])

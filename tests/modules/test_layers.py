@@ -20,7 +20,11 @@ N = 5
 LAYERS: dict[str, tuple[Callable[[], nn.Module], type[nn.Module], tuple[int, ...]]] = {
     "conv1d": (lambda: nn.Conv1d(4, 6, 3, 2, 1, groups=2), nn.BatchNorm1d, (4, 7)),
     "conv2d": (lambda: nn.Conv2d(4, 6, 3, 1, 1, bias=False), nn.BatchNorm2d, (4, 5, 6)),
-    "depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4, padding_mode="reflect", padding=1), nn.BatchNorm2d, (4, 5, 5)),
+    "depthwise": (
+        lambda: nn.Conv2d(4, 4, 3, groups=4, padding_mode="reflect", padding=1),
+        nn.BatchNorm2d,
+        (4, 5, 5),
+    ),
     "conv3d": (lambda: nn.Conv3d(2, 6, 2), nn.BatchNorm3d, (2, 3, 4, 3)),
     "transposed1d": (lambda: nn.ConvTranspose1d(4, 6, 3, 2, groups=2), nn.BatchNorm1d, (4, 5)),
     "transposed2d": (lambda: nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, bias=False), nn.BatchNorm2d, (4, 3, 4)),
@@ -65,7 +69,9 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         if tensor is None:
             assert found[name] is None, name
         else:
-            torch.testing.assert_close(found[name], tensor, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                found[name], tensor, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
@@ -129,7 +135,9 @@ def test_unbatched_input_is_refused_where_the_norm_refuses_it() -> None:
 
 def test_unbatched_input() -> None:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(-3), nn.Linear(4, 2))
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(-3), nn.Linear(4, 2)
+    )
     x = torch.randn(2, 3, 6, 6)
     convert(net, "tqt", x)
     net.eval()
@@ -191,7 +199,9 @@ def test_sum_guard_agrees_with_brute_force(name: str, bits: int) -> None:
     low = net[0]
     assert isinstance(low, LowBitLayer)
     source, weight, unit = low.lowbit_input, low.lowbit_weight, low.accumulator_exponent()
-    assert isinstance(source, Quantizer) and isinstance(weight, Quantizer) and unit is not None
+    assert isinstance(source, Quantizer)
+    assert isinstance(weight, Quantizer)
+    assert unit is not None
     folded, bias = low.effective(low.weight)
     w = (weight.quantize(folded) / pow2(weight.exponent())).to(torch.int64)
     b = (low.lowbit_bias.quantize(bias) / pow2(unit)).to(torch.int64)

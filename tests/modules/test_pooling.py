@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_lowbit import Tqt, convert
-from lightning_lowbit.modules.pooling import pool
+from lightning_lowbit.modules.pooling import kind_of, pool
 from lightning_lowbit.numerics.exponent import pow2
 from lightning_lowbit.numerics.rounding import divide_rounded
 
@@ -58,7 +58,9 @@ def windows(pool: nn.Module, codes: Tensor) -> tuple[Tensor, Tensor]:
         counts = torch.full_like(sums, pool.divisor_override)
     elif pool.count_include_pad:
         ones = F.pad(torch.ones_like(codes), [pool.padding] * 4, value=1.0)
-        counts = total(ones, pool.kernel_size, pool.stride, 0, pool.ceil_mode, True, 1)[..., : sums.shape[-2], : sums.shape[-1]]
+        counts = total(ones, pool.kernel_size, pool.stride, 0, pool.ceil_mode, True, 1)[
+            ..., : sums.shape[-2], : sums.shape[-1]
+        ]
     return torch.round(sums).long(), torch.round(counts).long()
 
 
@@ -87,14 +89,19 @@ def test_exact_division(name: str, rounding: str) -> None:
     x = torch.randn(3, 2, size, size)
     convert(net, Tqt(act_round=rounding), x)
     net.eval()
-    source, target = net.act.lowbit_output, net.pool.lowbit_output if hasattr(net.pool, "lowbit_output") else None
+    source, target = (
+        net.act.lowbit_output,
+        net.pool.lowbit_output if hasattr(net.pool, "lowbit_output") else None,
+    )
     if target is None:
         target = next(m for n, m in net.named_modules() if n.endswith("lowbit_avg_pool.lowbit_output"))
     with torch.no_grad():
         y = net(x)
         codes = (net.act(net.conv(x)) / pow2(source.exponent())).long()
     sums, counts = windows(make(), codes)
-    shift = int(source.exponent() - target.exponent())  # f: fraction bits of the output minus those of the input
+    shift = int(
+        source.exponent() - target.exponent()
+    )  # f: fraction bits of the output minus those of the input
     numerator, denominator = (sums << max(shift, 0)), counts * 2 ** max(-shift, 0)
     expected = divide_rounded(numerator, denominator, rounding).clamp(0, target.grid().qmax)
     assert torch.equal((y / pow2(target.exponent())).long(), expected)
@@ -117,9 +124,12 @@ def test_pools_of_all_dimensions(dims: int) -> None:
     torch.manual_seed(0)
     x = torch.randint(-128, 128, (2, 3, 7, 6, 5)[: 2 + dims]).double()
     fixed, adaptive = getattr(F, f"avg_pool{dims}d"), getattr(F, f"adaptive_avg_pool{dims}d")
+    kind = kind_of(fixed)
     for padding, ceil_mode, include in itertools.product((0, 1), (False, True), (False, True)):
         args = (3, 2, padding, ceil_mode, include)
-        torch.testing.assert_close(pool(fixed, x, *args), fixed(x, *args), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(pool(kind, x, *args), fixed(x, *args), rtol=1e-12, atol=1e-12)
     for size in (1, 2, 3, 4, 5):
-        torch.testing.assert_close(pool(adaptive, x, size), adaptive(x, size), rtol=1e-12, atol=1e-12)
-    assert torch.equal(pool(fixed, x[0], kernel_size=2), pool(fixed, x, kernel_size=2)[0])  # unbatched
+        torch.testing.assert_close(
+            pool(kind_of(adaptive), x, size), adaptive(x, size), rtol=1e-12, atol=1e-12
+        )
+    assert torch.equal(pool(kind, x[0], kernel_size=2), pool(kind, x, kernel_size=2)[0])  # unbatched

@@ -18,8 +18,9 @@ from lightning_lowbit.numerics.grid import Grid
 from lightning_lowbit.reports.summary import Report
 
 CONVOLUTIONS = {
-    torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
-    F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear,
+    torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d,
+    torch.conv_transpose3d, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d,
+    F.conv_transpose3d, F.linear,
 }  # fmt: skip
 MAX_POOLS = {F.max_pool1d, F.max_pool2d, F.max_pool3d, torch.max_pool1d, torch.max_pool2d, torch.max_pool3d}
 CATS = {torch.cat, torch.stack}
@@ -28,9 +29,9 @@ CATS = {torch.cat, torch.stack}
 class GridWatch(TorchFunctionMode):
     """Compares tensors with the grids that a report prints.
 
-    A tensor that a quantizer returned is remembered with that quantizer's row, through every function that only
-    moves values; an operand is then compared with the row of the quantizer that it came from, and a result with the
-    row of its layer. Tensors on no printed grid are collected in ``off``.
+    A tensor that a quantizer returned is remembered with that quantizer's row, through every function that
+    only moves values; an operand is then compared with the row of the quantizer that it came from, and a
+    result with the row of its layer. Tensors on no printed grid are collected in ``off``.
     """
 
     def __init__(self, net: nn.Module, report: Report) -> None:
@@ -51,7 +52,10 @@ class GridWatch(TorchFunctionMode):
             assert row.grid is not None, f"{site.key} is open"
             self._remember(result, row.grid)
         elif isinstance(module, (LowBitAdd, LowBitCat)) and module.lowbit_output is None:
-            self._check(result, self.report[f"{module.path}.{'sum' if isinstance(module, LowBitAdd) else 'concat'}"].grid)
+            self._check(
+                result,
+                self.report[f"{module.path}.{'sum' if isinstance(module, LowBitAdd) else 'concat'}"].grid,
+            )
         elif isinstance(module, LowBitAvgPool):
             self._check(result, self._grid_of(result))
 
@@ -72,7 +76,14 @@ class GridWatch(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         inside = self.stack[-1] if self.stack else None
-        if isinstance(inside, Quantizer) or not isinstance(result, Tensor):
+        if isinstance(inside, Quantizer):
+            return result
+        if isinstance(result, (tuple, list)) and args and isinstance(args[0], Tensor):
+            grid = self._grid_of(args[0])
+            for part in result:
+                if grid is not None and isinstance(part, Tensor) and grid.contains(part):
+                    self._remember(part, grid)
+        if not isinstance(result, Tensor):
             return result
         if isinstance(inside, LowBitLayer) and func in CONVOLUTIONS:
             self.seen["compute"] += 1

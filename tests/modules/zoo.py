@@ -27,7 +27,9 @@ class OptionA(nn.Module):
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         if self.grow:
-            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.grow // 2, self.grow - self.grow // 2), "constant", 0)
+            x = F.pad(
+                x[:, :, ::2, ::2], (0, 0, 0, 0, self.grow // 2, self.grow - self.grow // 2), "constant", 0
+            )
         out += x
         return F.relu(out)
 
@@ -87,7 +89,11 @@ class Inverted(nn.Module):
         self.use_res_connect = stride == 1 and planes_in == planes
         layers: list[nn.Module] = []
         if expand != 1:
-            layers += [nn.Conv2d(planes_in, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6(inplace=True)]
+            layers += [
+                nn.Conv2d(planes_in, hidden, 1, bias=False),
+                nn.BatchNorm2d(hidden),
+                nn.ReLU6(inplace=True),
+            ]
         layers += [
             nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False), nn.BatchNorm2d(hidden),
             nn.ReLU6(inplace=True), nn.Conv2d(hidden, planes, 1, bias=False), nn.BatchNorm2d(planes),
@@ -144,7 +150,11 @@ class DenseBlock(nn.ModuleDict):
 class DenseNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.conv0, self.norm0, self.relu0 = nn.Conv2d(3, 4, 3, 1, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU()
+        self.conv0, self.norm0, self.relu0 = (
+            nn.Conv2d(3, 4, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+        )
         self.block1 = DenseBlock(2, 4, 2)
         self.transition = nn.Sequential(
             nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 4, 1, bias=False), nn.AvgPool2d(2, 2)
@@ -291,7 +301,13 @@ class Flags(nn.Module):
         self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, flag: bool = False, *rest: Tensor, times: int = 2, **extra: Any
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        flag: bool = False,
+        *rest: Tensor,
+        times: int = 2,
+        **extra: Any,
     ) -> Tensor:
         h = torch.relu(self.a(x))
         for _ in range(times):
@@ -336,7 +352,6 @@ def build(name: str, seed: int = 0) -> tuple[nn.Module, Tensor]:
     net = make()
     for module in net.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            assert module.running_mean is not None and module.running_var is not None
             nn.init.normal_(module.running_mean, 0, 0.3)
             nn.init.uniform_(module.running_var, 0.5, 2)
             nn.init.uniform_(module.weight, 0.5, 1.5)

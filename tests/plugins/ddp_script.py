@@ -61,7 +61,8 @@ class StateAt(pl.Callback):
     """Copies the state dict behind one training batch."""
 
     def __init__(self, batch: int) -> None:
-        self.batch, self.state = batch, {}
+        self.batch = batch
+        self.state: dict[str, Tensor] = {}
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -163,13 +164,13 @@ def init_from(folder: Path, rank: int) -> dict[str, Any]:
 
 def resume(folder: Path, rank: int) -> dict[str, Any]:
     """Interrupted in the middle of the second of three epochs, with shuffling and dropout."""
-    quant = {"scheme": Tqt(bits=4), "start": 0, "resume_order": True}
+    first_quant, second_quant = (QuantCallback(Tqt(bits=4), start=0, resume_order=True) for _ in range(2))
     path = folder / "middle.ckpt"
     first, second = net(dropout=0.5), net(5, dropout=0.5)
     pl.seed_everything(3 + rank, verbose=False)  # dropout draws other masks on the other rank
-    whole = fit(first, trainer(QuantCallback(**quant), SaveAt(path, 6), max_epochs=3), loader(True))
+    whole = fit(first, trainer(first_quant, SaveAt(path, 6), max_epochs=3), loader(True))
     pl.seed_everything(11 + rank, verbose=False)
-    again = fit(second, trainer(QuantCallback(**quant), max_epochs=3), loader(True), ckpt_path=path)
+    again = fit(second, trainer(second_quant, max_epochs=3), loader(True), ckpt_path=path)
     return {**whole, "resumed": again["state"], "resumed_steps": again["steps"]}
 
 

@@ -17,8 +17,18 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_lowbit.modules.base import switch_of
 
 __all__ = [
-    "NAMESPACES", "QUIET", "Batch", "Body", "assert_equal_states", "quantized", "loader", "net_class", "random_state", "seeded_net",
-    "states", "trainer",
+    "NAMESPACES",
+    "QUIET",
+    "Batch",
+    "Body",
+    "assert_equal_states",
+    "loader",
+    "net_class",
+    "quantized",
+    "random_state",
+    "seeded_net",
+    "states",
+    "trainer",
 ]  # fmt: skip
 
 NAMESPACES = ("lightning.pytorch", "pytorch_lightning")
@@ -27,7 +37,8 @@ QUIET = [
     pytest.mark.filterwarnings(f"ignore:{text}")
     for text in (
         "You defined a `validation_step` but have no", ".*exists and is not empty", "The dirpath has changed",
-        ".*callbacks used to create the checkpoint need to be provided", ".*LeafSpec", ".*does not have many workers",
+        ".*callbacks used to create the checkpoint need to be provided", ".*LeafSpec",
+        ".*does not have many workers",
     )
 ]  # fmt: skip
 SAMPLES, BATCH = 44, 8  # six batches, the last one of four samples
@@ -128,7 +139,8 @@ def trainer(folder: Path, *callbacks: Any, namespace: str = NAMESPACES[0], **opt
     if options.get("enable_checkpointing") is None:
         options["enable_checkpointing"] = any(isinstance(c, pl.callbacks.Checkpoint) for c in callbacks)
     settings = {
-        "max_epochs": 2, "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
+        "max_epochs": 2, "accelerator": "cpu", "logger": False, "enable_progress_bar": False,
+        "enable_model_summary": False,
         "default_root_dir": folder, "num_sanity_val_steps": 0, **options,
     }  # fmt: skip
     return pl.Trainer(callbacks=list(callbacks), **settings)
@@ -147,7 +159,11 @@ def assert_equal_states(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 def random_state() -> tuple[bytes, Any, bytes]:
     """All global generators, in a form that == compares."""
     _, words, position, _, _ = np.random.get_state()
-    return torch.get_rng_state().numpy().tobytes(), random.getstate(), np.asarray(words).tobytes() + bytes(str(position), "ascii")
+    return (
+        torch.get_rng_state().numpy().tobytes(),
+        random.getstate(),
+        np.asarray(words).tobytes() + bytes(str(position), "ascii"),
+    )
 
 
 def quantized(module: nn.Module) -> bool:

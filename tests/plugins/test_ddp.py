@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import subprocess
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_lowbit.modules.calibrate import calibrate
 from lightning_lowbit.modules.convert import convert_module
@@ -39,6 +40,12 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
 def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
     assert a.keys() == b.keys()
     return [key for key in a if not torch.equal(a[key], b[key])]
+
+
+def feed(module: nn.Module, batches: list[Tensor]) -> int:
+    for batch in batches:
+        module(batch)
+    return len(batches)
 
 
 @pytest.mark.parametrize("scenario", ["scratch", "calibration", "init_from", "resume", "unequal"])
@@ -77,7 +84,7 @@ def test_calibration_sees_what_all_ranks_see(ranks: dict[str, Any]) -> None:
         net = script.net()
         convert_module(net, Tqt(mode="static", weight_init="max", act_init="max"))
         batches = [batch[0] for rank in fed for batch in script.share(rank, batches=2)]
-        calibrate(net, lambda net=net, batches=batches: len([net(x) for x in batches]))
+        calibrate(net, functools.partial(feed, net, batches))
         found[fed] = {k: v for k, v in net.state_dict().items() if k.endswith(("log2_t", "negative"))}
     for result in ranks["calibration"]:
         assert differing({k: result["state"][k] for k in found[0, 1]}, found[0, 1]) == []

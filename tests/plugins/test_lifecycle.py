@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from plugins.lifecycle_nets import NAMESPACES, QUIET, assert_equal_states, loader, net_class, quantized, seeded_net, states, trainer
+from plugins.lifecycle_nets import (
+    NAMESPACES,
+    QUIET,
+    assert_equal_states,
+    loader,
+    net_class,
+    quantized,
+    seeded_net,
+    states,
+    trainer,
+)
 from torch import nn
 
 from lightning_lowbit import QuantCallback, Tqt, float_mode
@@ -47,9 +58,12 @@ def test_parameters_keep_names_identity_and_optimizer(tmp_path: Path, built: str
     assert owned == {id(parameters[name]) for name in names}
 
 
-def test_validate_before_fit_calibrates_and_fit_from_scratch_begins_float(tmp_path: Path) -> None:
-    net, callback = seeded_net(), QuantCallback(start=0.5)
-    trainer(tmp_path, callback).validate(net, loader(), verbose=False)
+@pytest.mark.parametrize(("start", "step"), [(0.5, 6), (0, 0)])
+def test_validate_before_fit_calibrates_and_fit_from_scratch_begins_float(
+    tmp_path: Path, start: float, step: int
+) -> None:
+    net, callback = seeded_net(), QuantCallback(start=start)
+    trainer(tmp_path, callback).validate(net, loader(seed=3), verbose=False)  # other data than the fit's
     assert quantized(net)
     trained = trainer(tmp_path, callback)
     seen: list[bool] = []
@@ -61,29 +75,49 @@ def test_validate_before_fit_calibrates_and_fit_from_scratch_begins_float(tmp_pa
     torch.manual_seed(1)
     trained.fit(net, loader(), loader())
     del net.on_train_batch_end
-    assert seen == [False] * 6 + [True] * 6
+    assert seen == [False] * step + [True] * (12 - step)
     untouched = seeded_net()
     torch.manual_seed(1)
-    trainer(tmp_path, QuantCallback(start=0.5)).fit(untouched, loader(), loader())
+    trainer(tmp_path, QuantCallback(start=start)).fit(untouched, loader(), loader())
     assert_equal_states(states(net), states(untouched))
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES)
 def test_two_callbacks_are_refused(tmp_path: Path, namespace: str) -> None:
     with pytest.raises(ConfigError, match="2 QuantCallbacks, expected one"):
-        trainer(tmp_path, QuantCallback(), QuantCallback(), namespace=namespace).fit(seeded_net(namespace), loader())
+        trainer(tmp_path, QuantCallback(), QuantCallback(), namespace=namespace).fit(
+            seeded_net(namespace), loader()
+        )
 
 
 @pytest.mark.parametrize("same", [True, False], ids=["same callback", "new callback"])
-def test_second_fit_on_the_same_module_goes_on_low_bit(tmp_path: Path, same: bool) -> None:
-    net, callback = seeded_net(), QuantCallback(start=0)
+def test_second_fit_on_the_same_module_goes_on_where_the_first_ended(tmp_path: Path, same: bool) -> None:
+    net, callback = seeded_net(), QuantCallback(start=None)
     trainer(tmp_path, callback).fit(net, loader(), loader())
-    before = states(net)
-    second = callback if same else QuantCallback(start=0)
+    before, at_start = states(net), []
+    frozen = [float(q.frozen) for _, q in quantizers(net)]
+    assert 1.0 in frozen
+    net.on_train_batch_start = lambda *args: at_start or at_start.append((quantized(net), states(net)))
+    second = callback if same else QuantCallback(start=None)
     trainer(tmp_path, second, max_epochs=1).fit(net, loader(), loader())
-    assert quantized(net)
-    assert not torch.equal(before["body.conv1.weight"], net.body.conv1.weight)
-    assert {"float", "calibrated", "trained"} <= set(second.metrics)
+    began_quantized, began = at_start[0]
+    assert began_quantized
+    assert_equal_states(
+        {k: v for k, v in began.items() if "frozen" not in k},
+        {k: v for k, v in before.items() if "frozen" not in k},
+    )
+    assert all(
+        float(value) == 0 for key, value in began.items() if "frozen" in key
+    )  # its milestones are this run's
+    assert set(second.metrics) == {"trained"}
+
+
+def test_a_second_fit_can_ask_for_a_float_start(tmp_path: Path) -> None:
+    net, seen = seeded_net(), []
+    trainer(tmp_path, QuantCallback(start=0)).fit(net, loader(), loader())
+    net.on_train_batch_end = lambda *args: seen.append(quantized(net))
+    trainer(tmp_path, QuantCallback(start="2 steps"), max_epochs=1).fit(net, loader(), loader())
+    assert seen == [False] * 2 + [True] * 4
 
 
 def _leftovers(net: Any, run: Any) -> list[str]:
@@ -91,10 +125,19 @@ def _leftovers(net: Any, run: Any) -> list[str]:
     if hasattr(run.strategy.precision_plugin, "lowbit_model"):
         found.append("precision")
     loops = (run.fit_loop, run.fit_loop.epoch_loop)
-    return found + [name for loop in loops for name in vars(loop) if callable(vars(loop)[name]) and "advance" in name]
+    return found + [
+        name for loop in loops for name, value in vars(loop).items() if isinstance(value, functools.partial)
+    ]
 
 
-_HOOKS = ("configure_model", "on_load_checkpoint", "on_save_checkpoint", "configure_optimizers", "log", "optimizers")
+_HOOKS = (
+    "configure_model",
+    "on_load_checkpoint",
+    "on_save_checkpoint",
+    "configure_optimizers",
+    "log",
+    "optimizers",
+)
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES)
@@ -155,11 +198,17 @@ def test_ties_survive_copies(tmp_path: Path) -> None:
     trainer(tmp_path, QuantCallback(start=0)).fit(net, loader())
     for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         shared = [
-            {q.site.key for q in leader.group} for _, leader in quantizers(twin) if leader.group[0] is leader and len(leader.group) > 1
+            {q.site.key for q in leader.group}
+            for _, leader in quantizers(twin)
+            if leader.group[0] is leader and len(leader.group) > 1
         ]
         assert shared
         for _, quantizer in quantizers(twin):
-            assert all(member.log2_t is quantizer.log2_t for member in quantizer.group if hasattr(member, "same_grid"))
+            assert all(
+                member.log2_t is quantizer.log2_t
+                for member in quantizer.group
+                if hasattr(member, "same_grid")
+            )
             assert any(member is quantizer for member in quantizer.group)
 
 
@@ -185,7 +234,9 @@ def test_a_user_optimizer_step_is_called_and_thresholds_step_beside_it(tmp_path:
     class Own(net_class()):  # type: ignore[misc]  # the class is made at run time
         calls = 0
 
-        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        def optimizer_step(
+            self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
+        ) -> None:
             type(self).calls += 1
             optimizer.step(closure=optimizer_closure)
 
@@ -206,7 +257,9 @@ def test_compile_trains_the_same_network(tmp_path: Path) -> None:
     for compiled in (False, True):
         net = seeded_net()
         net.body.dropout.p = 0.0  # inductor draws other masks
-        trainer(tmp_path, QuantCallback(Tqt(freeze_batch_norm=0), start=0, compile=compiled), max_epochs=1).fit(net, loader(samples=16))
+        trainer(
+            tmp_path, QuantCallback(Tqt(freeze_batch_norm=0), start=0, compile=compiled), max_epochs=1
+        ).fit(net, loader(samples=16))
         results.append(net.losses)
     assert results[1] == pytest.approx(results[0], abs=1e-4)
     assert is_converted(net)

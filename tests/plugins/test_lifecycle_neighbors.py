@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from plugins.lifecycle_nets import NAMESPACES, QUIET, assert_equal_states, loader, quantized, seeded_net, states, trainer
+from plugins.lifecycle_nets import (
+    NAMESPACES,
+    QUIET,
+    assert_equal_states,
+    loader,
+    quantized,
+    seeded_net,
+    states,
+    trainer,
+)
 from torch import Tensor
 
 from lightning_lowbit import FoldBatchNorm, QuantCallback, Tqt
@@ -17,7 +26,9 @@ from lightning_lowbit.modules.convert import quantizers
 
 pytestmark = [
     *QUIET,
-    pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides"),
+    pytest.mark.filterwarnings(
+        "ignore:You're using the WeightAveraging callback with a model that overrides"
+    ),
     pytest.mark.filterwarnings("ignore:Swapping scheduler"),
     pytest.mark.filterwarnings("ignore:.*would never act"),
 ]
@@ -29,7 +40,9 @@ def callbacks_of(namespace: str) -> Any:
 
 @pytest.mark.parametrize("namespace", NAMESPACES)
 @pytest.mark.parametrize("built", ["init", "configure_model"])
-def test_ema_behind_us_averages_grids_and_evaluates_low_bit(tmp_path: Path, namespace: str, built: str) -> None:
+def test_ema_behind_us_averages_grids_and_evaluates_low_bit(
+    tmp_path: Path, namespace: str, built: str
+) -> None:
     net = seeded_net(namespace, built)
     pl = callbacks_of(namespace)
     ema = pl.EMAWeightAveraging(decay=0.9)
@@ -47,7 +60,9 @@ def test_ema_behind_us_averages_grids_and_evaluates_low_bit(tmp_path: Path, name
         if key.endswith("log2_t"):
             assert abs(float(value) - float(file["state_dict"][key])) < 0.2, key
     run = trainer(tmp_path, QuantCallback(), namespace=namespace)
-    (validated,) = run.validate(seeded_net(namespace, built, seed=3), loader(), ckpt_path=saver.best_model_path, verbose=False)
+    (validated,) = run.validate(
+        seeded_net(namespace, built, seed=3), loader(), ckpt_path=saver.best_model_path, verbose=False
+    )
     assert validated["val_loss"] == pytest.approx(callback.metrics["trained"]["val_loss"])
 
 
@@ -94,21 +109,28 @@ def test_swa_behind_us_leaves_sane_running_statistics(tmp_path: Path, frozen: bo
 def test_neighbors_before_us_are_refused(tmp_path: Path, name: str, namespace: str) -> None:
     pl = callbacks_of(namespace)
     options: dict[str, Any] = {
-        "EMAWeightAveraging": {}, "StochasticWeightAveraging": {"swa_lrs": 0.1}, "ModelPruning": {"pruning_fn": "l1_unstructured"},
+        "EMAWeightAveraging": {}, "StochasticWeightAveraging": {"swa_lrs": 0.1},
+        "ModelPruning": {"pruning_fn": "l1_unstructured"},
     }[name]  # fmt: skip
     with pytest.raises(ConfigError, match=f"{name} took the float model.*Put QuantCallback before it"):
-        trainer(tmp_path, getattr(pl, name)(**options), QuantCallback(), namespace=namespace).fit(seeded_net(namespace), loader())
+        trainer(tmp_path, getattr(pl, name)(**options), QuantCallback(), namespace=namespace).fit(
+            seeded_net(namespace), loader()
+        )
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES)
 @pytest.mark.parametrize("first", [True, False], ids=["finder first", "finder behind"])
-def test_learning_rate_finder_leaves_the_fit_as_if_it_had_not_run(tmp_path: Path, namespace: str, first: bool) -> None:
+def test_learning_rate_finder_leaves_the_fit_as_if_it_had_not_run(
+    tmp_path: Path, namespace: str, first: bool
+) -> None:
     def fit(finder: bool) -> Any:
         net, started = seeded_net(namespace), []
         net.on_train_batch_end = lambda *args: started.append(quantized(net))
         callbacks = [QuantCallback(start=None)]
         if finder:
-            lr = callbacks_of(namespace).LearningRateFinder(num_training_steps=5, update_attr=False, early_stop_threshold=None)
+            lr = callbacks_of(namespace).LearningRateFinder(
+                num_training_steps=5, update_attr=False, early_stop_threshold=None
+            )
             callbacks.insert(0 if first else 1, lr)
         torch.manual_seed(1)
         run = trainer(tmp_path, *callbacks, namespace=namespace)
@@ -118,21 +140,37 @@ def test_learning_rate_finder_leaves_the_fit_as_if_it_had_not_run(tmp_path: Path
     assert fit(True) == fit(False)
 
 
+def test_learning_rate_finder_before_a_resumed_run_keeps_its_schedule(tmp_path: Path) -> None:
+    pl = callbacks_of(NAMESPACES[0])
+    saver = pl.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    callback = QuantCallback(start="2 steps")
+    trainer(tmp_path, callback, saver).fit(seeded_net(), loader(), loader())
+    finder = pl.LearningRateFinder(num_training_steps=5, update_attr=False, early_stop_threshold=None)
+    again = QuantCallback(start="9 steps")
+    run = trainer(tmp_path, finder, again, max_epochs=3)
+    with pytest.warns(UserWarning, match="fractions keep the steps"):
+        run.fit(seeded_net(), loader(), loader(), ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert str(again.schedule) == str(callback.schedule)
+
+
 @pytest.mark.parametrize("namespace", NAMESPACES)
 def test_batch_size_finder(tmp_path: Path, namespace: str) -> None:
     net, started = seeded_net(namespace), []
     net.batch_size = 2
     dataset = loader().dataset
     net.train_dataloader = lambda: torch.utils.data.DataLoader(dataset, net.batch_size)
+    net.val_dataloader = loader  # Lightning's finder asks for it without looking whether there is one
     net.on_train_batch_end = lambda *args: started.append(quantized(net))
     finder = callbacks_of(namespace).BatchSizeFinder(max_trials=2, steps_per_trial=2)
     trainer(tmp_path, QuantCallback(), finder, namespace=namespace).fit(net)
-    assert net.batch_size == 8
-    assert started[-12:] == [False] * 3 + [True] * 9
+    assert net.batch_size == 4
+    assert started[-22:] == [False] * 6 + [True] * 16
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES)
-@pytest.mark.parametrize("options", [{"fast_dev_run": True}, {"overfit_batches": 1}, {"overfit_batches": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"fast_dev_run": True}, {"overfit_batches": 1}, {"overfit_batches": 0.5}], ids=str
+)
 @pytest.mark.filterwarnings("ignore:You requested to overfit but enabled")
 def test_short_runs_on_purpose_go_through(tmp_path: Path, namespace: str, options: dict[str, Any]) -> None:
     net = seeded_net(namespace)
@@ -143,7 +181,9 @@ def test_short_runs_on_purpose_go_through(tmp_path: Path, namespace: str, option
 def test_early_stopping_and_limits(tmp_path: Path) -> None:
     net = seeded_net()
     stop = callbacks_of(NAMESPACES[0]).EarlyStopping("val_loss", patience=0, min_delta=10.0)
-    run = trainer(tmp_path, QuantCallback(start=0), stop, max_epochs=9, limit_train_batches=3, limit_val_batches=2)
+    run = trainer(
+        tmp_path, QuantCallback(start=0), stop, max_epochs=9, limit_train_batches=3, limit_val_batches=2
+    )
     run.fit(net, loader(), loader())
     assert run.current_epoch == 2  # the two validations before training do not count
     assert run.global_step == 6
@@ -151,5 +191,7 @@ def test_early_stopping_and_limits(tmp_path: Path) -> None:
 
 def test_endless_runs_take_steps(tmp_path: Path) -> None:
     net = seeded_net()
-    trainer(tmp_path, QuantCallback(Tqt(), start="3 steps"), max_epochs=-1, max_steps=5).fit(net, loader(), loader())
+    trainer(tmp_path, QuantCallback(Tqt(), start="3 steps"), max_epochs=-1, max_steps=5).fit(
+        net, loader(), loader()
+    )
     assert quantized(net)

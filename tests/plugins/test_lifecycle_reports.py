@@ -6,13 +6,24 @@ Numbers are issues of Lightning-AI/pytorch-lightning.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
-from plugins.lifecycle_nets import QUIET, Body, assert_equal_states, loader, net_class, quantized, seeded_net, states, trainer
+from plugins.lifecycle_nets import (
+    QUIET,
+    Body,
+    assert_equal_states,
+    loader,
+    net_class,
+    quantized,
+    seeded_net,
+    states,
+    trainer,
+)
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lowbit import QuantCallback, load_from_checkpoint
 from lightning_lowbit.errors import ConfigError
@@ -54,11 +65,13 @@ def test_12896_test_with_a_checkpoint_path_after_fit(tmp_path: Path) -> None:
     run.fit(net, loader(), loader())
     (tested,) = run.test(net, loader(), ckpt_path=run.checkpoint_callback.best_model_path, verbose=False)
     assert quantized(net)
-    assert tested["test_loss"] == pytest.approx(float(run.validate(net, loader(), verbose=False)[0]["val_loss"]))
+    assert tested["test_loss"] == pytest.approx(
+        float(run.validate(net, loader(), verbose=False)[0]["val_loss"])
+    )
 
 
 def test_6457_load_from_checkpoint_of_a_quantized_module(tmp_path: Path) -> None:
-    """#6457: "unexpected key(s) in state_dict" for every observer; torch's message names our keys by themselves."""
+    """#6457: "unexpected key(s) in state_dict" for every observer; torch's message names ours."""
     net = seeded_net()
     trainer(tmp_path, QuantCallback(start=0), ModelCheckpoint(tmp_path, "last")).fit(net, loader(), loader())
     with pytest.raises(RuntimeError, match=r"Unexpected key.*lowbit"):
@@ -79,17 +92,28 @@ def test_11047_pruning_together_with_quantization(tmp_path: Path, permanent: boo
     weight = layer.lowbit_weight(layer.effective(torch.zeros(1))[0])
     assert float((weight == 0).float().mean()) > 0.4  # zero is on every grid: pruned stays pruned
     assert callback.rule is not None
-    moved = {q.site.key for _, q in quantizers(net) if getattr(q, "log2_t", None) is not None and float(q.log2_t.detach()) % 1 != 0.5}
+    moved = {
+        q.site.key
+        for _, q in quantizers(net)
+        if getattr(q, "log2_t", None) is not None and float(q.log2_t.detach()) % 1 != 0.5
+    }
     assert moved
     average = callback.rule.state_dict()["optimizer"]
-    assert all(float(state["step"]) > 6 for state in average.values() if state)  # stepped after the first pruning, too
+    assert all(
+        float(state["step"]) > 6 for state in average.values() if state
+    )  # stepped after the first pruning, too
     assert sum(bool(state) for state in average.values()) > 3
 
 
 def test_11047_pruned_norms_are_folded_as_they_are_now(tmp_path: Path) -> None:
-    """#11047: pruning recomputes a weight in its module's own forward, which comes after the folded layer's."""
+    """#11047: pruning renews a norm's weight in the norm's forward, behind the folded layer's."""
     net = seeded_net()
-    prune = ModelPruning("l1_unstructured", amount=0.5, parameters_to_prune=[(net.body.bn1, "weight")], make_pruning_permanent=False)
+    prune = ModelPruning(
+        "l1_unstructured",
+        amount=0.5,
+        parameters_to_prune=[(net.body.bn1, "weight")],
+        make_pruning_permanent=False,
+    )
     run = trainer(tmp_path, QuantCallback(start=0), prune, max_epochs=2)
     run.fit(net, loader())
     norm = net.body.bn1
@@ -109,11 +133,14 @@ def test_8507_observers_move_neither_in_validation_nor_in_the_sanity_check(tmp_p
     seen: list[dict[str, Tensor]] = []
     net.on_validation_start = lambda: seen.append(states(net))
     net.on_validation_end = lambda: seen.append(states(net))
-    extreme = [(1000 * x, y) for x, y in loader()]
+    x, y = loader().dataset.tensors
+    extreme = DataLoader(TensorDataset(1000 * x, y), 8)
     trainer(tmp_path, QuantCallback(start=0), num_sanity_val_steps=2).fit(net, loader(), extreme)
     for before, after in zip(seen[::2], seen[1::2], strict=True):
         assert_equal_states(before, after)
-    assert all(float(q.log2_t.detach()) < 5 for _, q in quantizers(net) if getattr(q, "log2_t", None) is not None)
+    assert all(
+        float(q.log2_t.detach()) < 5 for _, q in quantizers(net) if getattr(q, "log2_t", None) is not None
+    )
 
 
 @pytest.mark.parametrize("built", ["setup", "configure_model"])
@@ -138,13 +165,15 @@ def test_a_module_without_layers_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*configure_optimizers.*returned")
-def test_14447_the_network_is_converted_between_reading_a_checkpoint_and_loading_its_weights(tmp_path: Path) -> None:
+def test_14447_the_network_is_converted_between_reading_a_checkpoint_and_loading_its_weights(
+    tmp_path: Path,
+) -> None:
     """#14447: no hook stands between the two, so quantized weights met a float module."""
     net = seeded_net(built="configure_model")
     trainer(tmp_path, QuantCallback(start=0), ModelCheckpoint(tmp_path, "last")).fit(net, loader(), loader())
 
     class Late(net_class()):  # type: ignore[misc]  # made at run time
-        seen: dict[str, bool] = {}
+        seen: ClassVar[dict[str, bool]] = {}
 
         def __init__(self) -> None:
             super().__init__()
@@ -158,6 +187,8 @@ def test_14447_the_network_is_converted_between_reading_a_checkpoint_and_loading
             self.seen["loaded"] = torch.equal(checkpoint["state_dict"]["body.fc.weight"], self.body.fc.weight)
 
     fresh = Late()
-    trainer(tmp_path, QuantCallback()).validate(fresh, loader(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    trainer(tmp_path, QuantCallback()).validate(
+        fresh, loader(), ckpt_path=tmp_path / "last.ckpt", verbose=False
+    )
     assert Late.seen == {"converted": True, "loaded": False}
     assert_equal_states(states(fresh), states(net))

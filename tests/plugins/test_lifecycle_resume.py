@@ -1,4 +1,4 @@
-"""A resumed fit ends with the bits of the uninterrupted one: weights, thresholds, freezing, batch norm phases."""
+"""A resumed fit ends with the bits of the uninterrupted one: weights, thresholds, freezing, phases."""
 
 from __future__ import annotations
 
@@ -32,17 +32,27 @@ class Keep:
 
 
 def _fit(
-    folder: Path, namespace: str = NAMESPACES[0], ckpt_path: Path | None = None, seed: int = 0, scheme: Tqt = SCHEME,
+    folder: Path, namespace: str = NAMESPACES[0], ckpt_path: Path | None = None, seed: int = 0, scheme: Tqt =
+        SCHEME,
     order: bool | None = None, **options: Any,
 ) -> Keep:  # fmt: skip
     pl = importlib.import_module(namespace)
-    saver = pl.callbacks.ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1, save_on_train_epoch_end=False)
-    epochs = pl.callbacks.ModelCheckpoint(folder, "end-{epoch}", save_top_k=-1, every_n_epochs=1, save_on_train_epoch_end=True)
+    saver = pl.callbacks.ModelCheckpoint(
+        folder, "{step}", save_top_k=-1, every_n_train_steps=1, save_on_train_epoch_end=False
+    )
+    epochs = pl.callbacks.ModelCheckpoint(
+        folder, "end-{epoch}", save_top_k=-1, every_n_epochs=1, save_on_train_epoch_end=True
+    )
     callback = QuantCallback(scheme, start=START, resume_order=order)
     net = seeded_net(namespace, seed=seed)
     torch.manual_seed(seed)
     run = trainer(
-        folder, callback, *([saver, epochs] if ckpt_path is None else []), namespace=namespace, max_epochs=EPOCHS, **options
+        folder,
+        callback,
+        *([saver, epochs] if ckpt_path is None else []),
+        namespace=namespace,
+        max_epochs=EPOCHS,
+        **options,
     )
     run.fit(net, loader(shuffle=True), loader(), ckpt_path=ckpt_path)
     return Keep(run, net, callback)
@@ -94,17 +104,23 @@ def test_resume_is_bit_equal_with_the_ordered_sampler_and_accumulation(tmp_path:
     scheme = Tqt(freeze_batch_norm=0.5)
     keep = _fit(tmp_path / "a", scheme=scheme, **options)
     for file in ("step=8.ckpt", "step=9.ckpt", "end-epoch=2.ckpt"):
-        _assert_same(_fit(tmp_path / "b", ckpt_path=tmp_path / "a" / file, seed=99, scheme=scheme, **options), keep)
+        _assert_same(
+            _fit(tmp_path / "b", ckpt_path=tmp_path / "a" / file, seed=99, scheme=scheme, **options), keep
+        )
 
 
 def test_resume_is_bit_equal_in_the_other_namespace(tmp_path: Path) -> None:
     keep = _fit(tmp_path / "a", NAMESPACES[1])
-    _assert_same(_fit(tmp_path / "b", NAMESPACES[1], ckpt_path=tmp_path / "a" / "step=15.ckpt", seed=99), keep)
+    _assert_same(
+        _fit(tmp_path / "b", NAMESPACES[1], ckpt_path=tmp_path / "a" / "step=15.ckpt", seed=99), keep
+    )
 
 
 def test_resume_in_32_bits_survives_mixed_precision(tmp_path: Path) -> None:
     keep = _fit(tmp_path / "a", precision="bf16-mixed")
-    _assert_same(_fit(tmp_path / "b", ckpt_path=tmp_path / "a" / "step=15.ckpt", seed=99, precision="bf16-mixed"), keep)
+    _assert_same(
+        _fit(tmp_path / "b", ckpt_path=tmp_path / "a" / "step=15.ckpt", seed=99, precision="bf16-mixed"), keep
+    )
 
 
 def test_resume_is_bit_equal_where_the_loaders_exist_before_the_fit_starts(tmp_path: Path) -> None:
@@ -143,7 +159,9 @@ def test_metrics_of_the_run_survive_a_resume(whole: tuple[Path, Keep], tmp_path:
     assert set(callback.metrics) == {"float", "calibrated", "trained"}
 
 
-def test_fractions_are_kept_over_a_resume_with_another_length_and_said(whole: tuple[Path, Keep], tmp_path: Path) -> None:
+def test_fractions_are_kept_over_a_resume_with_another_length_and_said(
+    whole: tuple[Path, Keep], tmp_path: Path
+) -> None:
     folder, keep = whole
     callback = QuantCallback(SCHEME, start=START)
     longer = trainer(tmp_path, callback, max_epochs=2 * EPOCHS)
@@ -152,7 +170,9 @@ def test_fractions_are_kept_over_a_resume_with_another_length_and_said(whole: tu
     assert str(callback.schedule) == keep.schedule
 
 
-def test_a_callback_with_only_the_name_takes_the_options_of_the_checkpoint(whole: tuple[Path, Keep], tmp_path: Path) -> None:
+def test_a_callback_with_only_the_name_takes_the_options_of_the_checkpoint(
+    whole: tuple[Path, Keep], tmp_path: Path
+) -> None:
     folder, keep = whole
     callback = QuantCallback("tqt", start=START)
     net = seeded_net(seed=3)
@@ -178,7 +198,9 @@ def test_moments_of_freeze_travel_too(tmp_path: Path) -> None:
         callback = QuantCallback(start=0)
         net = seeded_net(seed=0 if ckpt_path is None else 9)
         torch.manual_seed(0)
-        trainer(folder, callback, Freeze("9 steps"), saver).fit(net, loader(shuffle=True), loader(), ckpt_path=ckpt_path)
+        trainer(folder, callback, Freeze("9 steps"), saver).fit(
+            net, loader(shuffle=True), loader(), ckpt_path=ckpt_path
+        )
         return states(net)
 
     whole = fit(tmp_path / "a")

@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from plugins.lifecycle_nets import NAMESPACES, QUIET, assert_equal_states, loader, quantized, seeded_net, states, trainer
+from plugins.lifecycle_nets import (
+    NAMESPACES,
+    QUIET,
+    assert_equal_states,
+    loader,
+    quantized,
+    seeded_net,
+    states,
+    trainer,
+)
 
 from lightning_lowbit import LowBitPrecision, QuantCallback, Tqt
 from lightning_lowbit.errors import ConfigError
@@ -19,19 +28,29 @@ pytestmark = QUIET
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES)
-@pytest.mark.parametrize("bits", [8, 12])
-def test_validation_under_bf16_mixed_equals_32_true_bit_for_bit(tmp_path: Path, namespace: str, bits: int) -> None:
+@pytest.mark.parametrize(("bits", "skip"), [(8, ()), (12, ()), (8, ("body.fc",))], ids=str)
+def test_validation_under_bf16_mixed_equals_32_true_bit_for_bit(
+    tmp_path: Path, namespace: str, bits: int, skip: tuple[str, ...]
+) -> None:
     net = seeded_net(namespace)
     scheme = Tqt(bits=bits)
-    mixed = trainer(tmp_path, QuantCallback(scheme, start=0), namespace=namespace, precision="bf16-mixed")
+    mixed = trainer(
+        tmp_path, QuantCallback(scheme, skip, start=0), namespace=namespace, precision="bf16-mixed"
+    )
     mixed.fit(net, loader(), loader())
     twin = copy.deepcopy(net)
-    full = trainer(tmp_path, QuantCallback(scheme), namespace=namespace).validate(twin, loader(), verbose=False)
-    again = trainer(tmp_path, QuantCallback(scheme), namespace=namespace, precision="bf16-mixed")
+    full = trainer(tmp_path, QuantCallback(scheme, skip), namespace=namespace).validate(
+        twin, loader(), verbose=False
+    )
+    again = trainer(tmp_path, QuantCallback(scheme, skip), namespace=namespace, precision="bf16-mixed")
     assert again.validate(net, loader(), verbose=False) == full
     assert {"val_loss": float(mixed.callback_metrics["val_loss"])} == full[0]
     predicted = [
-        torch.cat(trainer(tmp_path, QuantCallback(scheme), namespace=namespace, precision=p).predict(net, loader()))
+        torch.cat(
+            trainer(tmp_path, QuantCallback(scheme, skip), namespace=namespace, precision=p).predict(
+                net, loader()
+            )
+        )
         for p in ("bf16-mixed", "32-true")
     ]
     assert predicted[0].dtype is torch.float32
@@ -50,7 +69,9 @@ def test_training_above_8_bits_leaves_autocast(tmp_path: Path, bits: int, dtype:
 
     net.forward = keep
     scheme = Tqt(bits=bits)
-    trainer(tmp_path, QuantCallback(scheme, start=0, include=["body.*"]), precision="bf16-mixed", max_epochs=1).fit(net, loader())
+    trainer(
+        tmp_path, QuantCallback(scheme, start=0, include=["body.*"]), precision="bf16-mixed", max_epochs=1
+    ).fit(net, loader())
     assert set(seen) == {dtype}
 
 

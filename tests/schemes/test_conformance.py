@@ -159,6 +159,14 @@ def test_a_checkpoint_loads_without_a_trainer(run: Trained) -> None:
     assert differing(copy_of(run.module), saved) != []
 
 
+@pytest.mark.xfail(strict=True, reason="the section is written by a patch that the end of the fit takes off")
+def test_a_checkpoint_saved_after_the_fit_loads(run: Trained, tmp_path: Path) -> None:
+    after, module = trainer(run.case.callback()), net()
+    after.fit(module, loader(), loader())
+    after.save_checkpoint(tmp_path / "after.ckpt")
+    assert differing(copy_of(load_from_checkpoint(Net, tmp_path / "after.ckpt")), copy_of(module)) == []
+
+
 def test_pickles_and_copies_and_the_copy_is_independent(run: Trained, trained: Net) -> None:
     x = images(1)
     want, state = trained(x), copy_of(trained)
@@ -233,7 +241,7 @@ def test_validation_moves_nothing(run: Trained) -> None:
 
 def test_a_batch_equals_its_samples_one_by_one(trained: Net) -> None:
     x = images(1)
-    assert torch.equal(trained(x), torch.cat([trained(sample) for sample in x.split(1)]))
+    assert torch.equal(trained(x), torch.cat([trained(sample) for sample in x[:, None]]))
 
 
 def test_float_mode_is_the_float_network(trained: Net) -> None:

@@ -1,0 +1,94 @@
+"""Calibration in a Trainer: which batches, over which processes, and what must hear of the new grids."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
+
+from lightning_lowbit.modules.base import switch_of
+from lightning_lowbit.modules.calibrate import calibrate
+from lightning_lowbit.modules.convert import Selection, quantizers
+from lightning_lowbit.plugins.batches import drive
+from lightning_lowbit.plugins.distributed import all_reduce
+
+__all__ = ["calibrate_before_evaluation", "calibrate_on", "update_averages"]
+
+
+def calibrate_on(
+    trainer: Any,
+    module: nn.Module,
+    loaders: Any,
+    limit: int,
+    selection: Selection,
+    step: str = "training_step",
+) -> None:
+    """Set all grids from up to ``limit`` batches.
+
+    Args:
+        trainer: the Trainer.
+        module: a converted LightningModule.
+        loaders: one loader or a collection of them.
+        limit: number of batches.
+        selection: layers that its ``skip`` names may stay silent.
+        step: how a batch is fed if the module has no ``calibration_step``.
+    """
+
+    def may_be_silent(path: str) -> bool:
+        return selection.skips(path, module.get_submodule(path))
+
+    still_open = calibrate(
+        module, functools.partial(drive, trainer, module, loaders, limit, step), all_reduce, may_be_silent
+    )
+    if still_open:
+        rank_zero_warn(
+            f"zero throughout calibration, so they stay float: {', '.join(still_open[:6])} "
+            f"({len(still_open)} in all)."
+        )
+
+
+def calibrate_before_evaluation(
+    trainer: Any, module: nn.Module, loop: Any, step: str, loaders: Any, limit: int, selection: Selection
+) -> bool:
+    """Give a network that was never calibrated its grids before its first evaluation, and only then.
+
+    Args:
+        trainer: the Trainer.
+        module: a converted LightningModule.
+        loop: the evaluation loop that is about to run.
+        step: its step.
+        loaders: the user's choice; None takes ``datamodule.calibration_dataloader()``, else the loop's own
+            batches.
+        limit: number of batches.
+        selection: as in ``calibrate_on``.
+    Returns:
+        whether it was done.
+    """
+    if switch_of(module).started:
+        return False
+    if loaders is None and trainer.datamodule is not None:
+        loaders = getattr(trainer.datamodule, "calibration_dataloader", lambda: None)()
+    if loaders is not None:
+        calibrate_on(trainer, module, loaders, limit, selection)
+    else:
+        rank_zero_info("lightning_lowbit: not calibrated yet; taking the first evaluation batches.")
+        calibrate_on(trainer, module, loop._combined_loader.iterables, limit, selection, step)
+    switch_of(module).provisional = True
+    return True
+
+
+def update_averages(trainer: Any, module: nn.Module) -> None:
+    """Averaged copies were made of the float network; from here on they average grids."""
+    for callback in trainer.callbacks:
+        copy = getattr(callback, "_average_model", None)
+        if copy is None:
+            continue
+        twins = dict(copy.named_modules())
+        prefix = "module." if isinstance(copy, torch.optim.swa_utils.AveragedModel) else ""
+        for path, quantizer in quantizers(module):
+            twin = twins.get(f"{prefix}{path}")
+            if twin is not None:
+                twin.load_state_dict(quantizer.state_dict())

@@ -1,0 +1,76 @@
+"""The swap: a module's layers made low-bit under the scheme in force, however often asked."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lightning_lowbit.errors import ConfigError
+from lightning_lowbit.graph.ops import COMPUTE
+from lightning_lowbit.modules.base import Scheme, low_bit_modules, switch_of
+from lightning_lowbit.modules.convert import Selection, convert_module, is_converted
+from lightning_lowbit.modules.revert import revert
+from lightning_lowbit.plugins.checkpoint import difference
+
+__all__ = ["has_layers", "swap", "swap_for_checkpoint"]
+
+
+def has_layers(module: nn.Module) -> bool:
+    """Whether there is anything to convert yet."""
+    return any(type(m) in COMPUTE for m in module.modules())
+
+
+def swap(module: nn.Module, scheme: Scheme, by_name: bool, selection: Selection) -> Scheme:
+    """Convert ``module`` in place; a converted one is taken as it is, unless layers were built since.
+
+    Args:
+        module: the LightningModule.
+        scheme: what the callback asks for.
+        by_name: it asked by name alone, so that the options of a converted module win.
+        selection: what to convert.
+    Returns:
+        the scheme in force.
+    Raises:
+        ConfigError: the module is converted with another scheme.
+    """
+    if is_converted(module) and _late_layers(module, selection):
+        revert(module)
+    if is_converted(module):  # by this callback, an earlier one, or loaded low-bit
+        present = next(m.scheme for _, m in low_bit_modules(module))
+        if present != scheme and not (by_name and present.name == scheme.name):
+            raise ConfigError(
+                f"{type(module).__name__} is converted already, with {difference(present, scheme)}. Start "
+                "from the "
+                "float module, or pass the same scheme."
+            )
+        scheme = present
+    else:
+        convert_module(module, scheme, selection)
+    switch_of(module).managed = True
+    return scheme
+
+
+def _late_layers(module: nn.Module, selection: Selection) -> bool:
+    return any(type(m) in COMPUTE and selection.wants(path, m) for path, m in module.named_modules())
+
+
+def swap_for_checkpoint(
+    module: nn.Module, saved: Scheme, scheme: Scheme, by_name: bool, selection: Selection
+) -> Scheme:
+    """Convert anew where a checkpoint's options differ from the callback's and the callback gave only a name.
+
+    Returns:
+        the scheme in force.
+    Raises:
+        ConfigError: the callback gave another scheme, or other options.
+    """
+    if saved == scheme:
+        return scheme
+    if not by_name or saved.name != scheme.name:
+        raise ConfigError(
+            f"ckpt_path: trained with {difference(saved, scheme)}. Pass the same scheme, or only its name "
+            f"({saved.name!r}) to take the options from the checkpoint."
+        )
+    revert(module)
+    convert_module(module, saved, selection)
+    switch_of(module).managed = True
+    return saved
