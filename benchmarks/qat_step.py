@@ -127,14 +127,10 @@ def brevitas_net(name: str) -> nn.Module:
     class BrevitasParts(Parts):
         def conv(self, inputs: int, outputs: int, stride: int) -> nn.Module:
             weight = quant.Int8WeightPerTensorFixedPoint
-            return qnn.QuantConv2d(
-                inputs, outputs, 3, stride=stride, padding=1, bias=False, weight_quant=weight
-            )
+            return qnn.QuantConv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False, weight_quant=weight)
 
         def linear(self, inputs: int, outputs: int) -> nn.Module:
-            return qnn.QuantLinear(
-                inputs, outputs, bias=True, weight_quant=quant.Int8WeightPerTensorFixedPoint
-            )
+            return qnn.QuantLinear(inputs, outputs, bias=True, weight_quant=quant.Int8WeightPerTensorFixedPoint)
 
         def relu(self) -> nn.Module:
             return qnn.QuantReLU(act_quant=quant.Uint8ActPerTensorFixedPoint)
@@ -226,9 +222,7 @@ def show(name: str, rows: dict[str, dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiled steps")

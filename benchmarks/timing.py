@@ -42,9 +42,7 @@ def alternate(steps: dict[str, Callable[[], object]], rounds: int = 15, warmup: 
             times[name].append((time.process_time() - start) * 1e3)
     base = times[next(iter(steps))]
     return {
-        name: Timing(
-            statistics.median(t), min(t), statistics.median(own / of for own, of in zip(t, base, strict=True))
-        )
+        name: Timing(statistics.median(t), min(t), statistics.median(own / of for own, of in zip(t, base, strict=True)))
         for name, t in times.items()
     }
 

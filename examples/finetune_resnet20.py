@@ -52,9 +52,7 @@ def load_public(model: LitResNet, checkpoint: Path) -> None:
     model.net.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
 
 
-def run(
-    options: dict[str, Any] | None, data: CifarData, args: argparse.Namespace
-) -> tuple[float, float, float]:
+def run(options: dict[str, Any] | None, data: CifarData, args: argparse.Namespace) -> tuple[float, float, float]:
     """Train one row with one seed: accuracy before and after in percent, and minutes of training.
 
     Before means the float network as loaded, or the quantized one after calibration.
@@ -107,18 +105,14 @@ def table(results: dict[str, Result]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="a public .th file")
     parser.add_argument("--data.root", dest="root", required=True, help="zip or folder with CIFAR-10")
     parser.add_argument("--data.cache", dest="cache", help="folder in which to keep the decoded images")
     parser.add_argument("--data.batch_size", dest="batch_size", type=int, default=128)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument(
-        "--blocks", type=int, default=3, help="per stage: 3 ResNet-20, 5 ResNet-32, 9 ResNet-56"
-    )
+    parser.add_argument("--blocks", type=int, default=3, help="per stage: 3 ResNet-20, 5 ResNet-32, 9 ResNet-56")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--threads", type=int, help="cap on torch's threads")
     parser.add_argument("--accelerator", default="auto")

@@ -70,9 +70,7 @@ class LitResNet(LightningModule):
         weight_decay: on all parameters.
     """
 
-    def __init__(
-        self, blocks: int = 3, lr: float = 0.01, momentum: float = 0.9, weight_decay: float = 1e-4
-    ) -> None:
+    def __init__(self, blocks: int = 3, lr: float = 0.01, momentum: float = 0.9, weight_decay: float = 1e-4) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.net = ResNet(blocks)

@@ -161,9 +161,7 @@ def _schemes_table() -> str:
     paragraphs.append((FLOAT, ["no scheme: the network stays as it is"]))
     width = 2 + max(len(name) for name, _ in paragraphs)
     return "\n".join(
-        f"{'' if row else name:<{width}}{line}"
-        for name, lines in paragraphs
-        for row, line in enumerate(lines)
+        f"{'' if row else name:<{width}}{line}" for name, lines in paragraphs for row, line in enumerate(lines)
     )
 
 
@@ -181,9 +179,7 @@ def _name_if_default(scheme: Any) -> Any:
     """
     for name, cls in registry().items():
         fields = dataclasses.fields(cast("Any", cls))
-        if type(scheme) is cls and all(
-            repr(getattr(scheme, field.name)) == _default(field) for field in fields
-        ):
+        if type(scheme) is cls and all(repr(getattr(scheme, field.name)) == _default(field) for field in fields):
             return name
     return scheme
 

@@ -57,9 +57,7 @@ class SaveAtTheEnd(pl.Callback):
         trainer.save_checkpoint(self.path)
 
 
-def loader(
-    samples: int = 8, batch: int = 4, value: float | None = None, drop_last: bool = False
-) -> DataLoader[Any]:
+def loader(samples: int = 8, batch: int = 4, value: float | None = None, drop_last: bool = False) -> DataLoader[Any]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(samples, 1, 6, 6, generator=generator)
     if value is not None:
@@ -74,9 +72,7 @@ def trainer(*callbacks: Any, **options: Any) -> pl.Trainer:
         "enable_model_summary": False,
         "enable_checkpointing": False,
     }
-    return pl.Trainer(
-        **{"accelerator": "cpu", "max_epochs": 1, "callbacks": list(callbacks), **silent, **options}
-    )
+    return pl.Trainer(**{"accelerator": "cpu", "max_epochs": 1, "callbacks": list(callbacks), **silent, **options})
 
 
 def net(**options: Any) -> Net:
@@ -109,7 +105,3 @@ def fit_is_refused(
         scheme = next((m.scheme for _, m in low_bit_modules(module)), Tqt())
         trainer(QuantCallback(scheme, start=0)).fit(module.train(), loader())
         assert all(m.switch.started for _, m in low_bit_modules(module))
-
-
-def fails_now(reason: str) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(strict=True, reason=reason)

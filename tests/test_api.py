@@ -65,9 +65,7 @@ def test_dir_lists_names_before_they_are_loaded() -> None:
 def test_importing_the_root_imports_neither_torch_nor_lightning() -> None:
     heavy = ("torch", "lightning", "pytorch_lightning", "torchmetrics", "numpy")
     program = f"import sys, lightning_lowbit; print(sorted(set({heavy!r}) & set(sys.modules)))"
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
 
 

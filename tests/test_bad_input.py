@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
-from refusals import Net, fails_now, fit_is_refused, loader, net, refusal, trainer
+from refusals import Net, fit_is_refused, loader, net, refusal, trainer
 from torch import Tensor, nn
 
 from lightning_lowbit.callbacks.calibrate import Calibrate
@@ -84,14 +84,12 @@ def test_settings_are_refused_where_they_are_given(call: Callable[[], Any], word
     assert [word for word in words if word not in message] == [], message
 
 
-@fails_now("a string is taken letter by letter")
 def test_a_single_pattern_may_be_given_without_a_list() -> None:
     module = net()
     trainer(QuantCallback(skip="conv1", start=0)).fit(module, loader())  # type: ignore[arg-type]
     assert "conv1" not in dict(low_bit_modules(module))
 
 
-@fails_now("moments among a scheme's options are looked at when the run starts")
 @pytest.mark.parametrize("option", ["warmup", "freeze_thresholds", "freeze_batch_norm"])
 def test_a_moment_among_options_is_refused_where_it_is_given(option: str) -> None:
     assert f"{option}=2.5" in refusal(lambda: Tqt(**{option: 2.5}))  # type: ignore[arg-type]
@@ -107,9 +105,7 @@ def test_a_moment_among_options_is_refused_where_it_is_given(option: str) -> Non
         (lambda moment: FoldBatchNorm(moment), "FoldBatchNorm"),
     ],
 )
-def test_what_is_no_moment_is_refused_with_the_four_ways_to_give_one(
-    take: Any, name: str, moment: Any
-) -> None:
+def test_what_is_no_moment_is_refused_with_the_four_ways_to_give_one(take: Any, name: str, moment: Any) -> None:
     message = refusal(lambda: take(moment))
     assert name in message
     assert f"{moment!r}: expected a fraction" in message
@@ -142,9 +138,7 @@ def test_a_subclass_with_code_of_its_own_is_left_alone_and_named() -> None:
     result = convert(model, "tqt", torch.randn(2, 1, 8, 8))
     assert type(model[0]) is Doubled
     assert result.skipped == {"0": "Doubled is a subclass of a torch layer with code of its own"}
-    assert refusal(lambda: convert(nn.Sequential(Doubled(1, 2, 3)), "tqt")).startswith(
-        "Sequential: nothing to convert"
-    )
+    assert refusal(lambda: convert(nn.Sequential(Doubled(1, 2, 3)), "tqt")).startswith("Sequential: nothing to convert")
 
 
 def test_attention_that_calls_no_layer_is_refused_unless_it_is_skipped() -> None:
@@ -165,7 +159,6 @@ def test_a_converted_layer_that_never_runs_is_refused_by_path() -> None:
     fit_is_refused(net(extra=True), trainer(QuantCallback(start=0)), *words, again=False)
 
 
-@fails_now("a module that is converted keeps the selection that it was converted with")
 def test_the_advice_to_skip_a_layer_can_be_taken_with_the_same_module() -> None:
     module = net(extra=True)
     refusal(lambda: trainer(QuantCallback(start=0)).fit(module, loader()))
@@ -178,9 +171,7 @@ def test_the_advice_to_skip_a_layer_can_be_taken_with_the_same_module() -> None:
 def test_a_callback_that_copies_the_model_must_come_after_ours(neighbor: Any) -> None:
     other = neighbor()
     name = type(other).__name__
-    fit_is_refused(
-        net(), trainer(other, QuantCallback(start=0)), name, "Put QuantCallback before it in the list"
-    )
+    fit_is_refused(net(), trainer(other, QuantCallback(start=0)), name, "Put QuantCallback before it in the list")
 
 
 @pytest.mark.parametrize("precision", ["16-true", "bf16-true"])
@@ -199,9 +190,7 @@ def test_sync_batchnorm_is_refused() -> None:
     assert "FoldBatchNorm" in message
 
 
-@pytest.mark.parametrize(
-    "name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAStrategy"]
-)
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAStrategy"])
 def test_strategies_that_nobody_has_tried_are_refused_by_name(name: str) -> None:
     """Also subclasses of them; most need a device that a test machine lacks."""
     base = type(name, (), {})
@@ -246,9 +235,7 @@ def test_a_module_in_eval_mode_is_refused() -> None:
 def test_a_start_that_the_run_does_not_reach_is_refused() -> None:
     words = ["start=5 means step 10", "this run ends after 2 steps", "fraction of the run"]
     fit_is_refused(net(), trainer(QuantCallback(start=5)), *words)
-    fit_is_refused(
-        net(), trainer(QuantCallback(start=0), Freeze("90 steps")), "freeze_ranges='90 steps'", "2 steps"
-    )
+    fit_is_refused(net(), trainer(QuantCallback(start=0), Freeze("90 steps")), "freeze_ranges='90 steps'", "2 steps")
 
 
 @pytest.mark.parametrize("cut", [{"fast_dev_run": True}, {"overfit_batches": 1}])
@@ -267,7 +254,6 @@ def test_values_that_are_not_finite_are_refused_by_the_first_site_that_saw_them(
     fit_is_refused(net(), trainer(QuantCallback(start=0)), *words, data=loader(value=value), again=False)
 
 
-@fails_now("what a refused calibration saw stays in the observers")
 def test_a_refused_calibration_leaves_nothing_behind() -> None:
     module, fresh = net(), net()
     refusal(lambda: trainer(QuantCallback(start=0)).fit(module, loader(value=math.nan)))

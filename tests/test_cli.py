@@ -109,7 +109,7 @@ def test_a_section_can_have_a_file_of_its_own(build: Fit, tmp_path: Path) -> Non
 def test_the_command_line_adds_to_yaml(build: Fit) -> None:
     config = str(CONFIGS / "digits_tqt.yaml")
     (callback,) = quant_callbacks(build("--config", config, "--quant.scheme.act_bits", "6"))
-    assert callback.scheme == Tqt(act_bits=6)
+    assert callback.scheme == Tqt(bits=4, act_bits=6)
 
 
 def test_quant_stands_first(build: Fit) -> None:
@@ -122,9 +122,7 @@ def test_quant_stands_first(build: Fit) -> None:
 def test_float_adds_no_callback(build: Fit) -> None:
     assert quant_callbacks(build("--config", str(CONFIGS / "digits_float.yaml"))) == []
     # Also over a file that names a scheme.
-    assert (
-        quant_callbacks(build("--config", str(CONFIGS / "digits_tqt.yaml"), "--quant.scheme", "float")) == []
-    )
+    assert quant_callbacks(build("--config", str(CONFIGS / "digits_tqt.yaml"), "--quant.scheme", "float")) == []
 
 
 def test_a_second_callback_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,9 +139,7 @@ def test_a_moment_keeps_its_kind(capsys: pytest.CaptureFixture[str], word: str, 
     assert start == kind(word)
 
 
-@pytest.mark.parametrize(
-    "words", [["--quant.scheme.bits", "4", "--quant.skip", "[fc]"], ["--quant.scheme=float"]]
-)
+@pytest.mark.parametrize("words", [["--quant.scheme.bits", "4", "--quant.skip", "[fc]"], ["--quant.scheme=float"]])
 def test_printed_config_reads_back_as_itself(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, words: list[str]
 ) -> None:
@@ -230,9 +226,7 @@ def test_a_bare_name_takes_the_options_of_the_checkpoint(
     runs = tmp_path / "runs" / "digits_tqt"
     assert last_accuracy(runs / "version_1") == last_accuracy(runs / "version_0")
     # Options of one's own are held against the checkpoint's.
-    message = complaint(
-        capsys, "validate", *common, "--quant.scheme.act_bits", "6", "--ckpt_path", str(checkpoint)
-    )
+    message = complaint(capsys, "validate", *common, "--quant.scheme.act_bits", "6", "--ckpt_path", str(checkpoint))
     assert "ckpt_path: trained with" in message
 
 

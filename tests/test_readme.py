@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,13 @@ def in_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     original = L.Trainer.__init__
 
     def quiet(self: Any, *args: Any, **kwargs: Any) -> None:
-        settings = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+        settings = {
+            "accelerator": "cpu",
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+        }
         original(self, *args, **{**kwargs, **settings, "max_epochs": 2, "limit_train_batches": 4})
 
     monkeypatch.setattr(L.Trainer, "__init__", quiet)
@@ -62,30 +69,33 @@ def test_python_blocks_run_in_order(in_scratch: Path, capsys: pytest.CaptureFixt
     assert "aux_head" in capsys.readouterr().out
 
 
-def test_the_yaml_block_is_a_config_that_parses(in_scratch: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_yaml_block_is_a_config_that_parses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (block,) = blocks("yaml")
     assert yaml.safe_load(block)["quant"]["scheme"] == "tqt"
-    (in_scratch / "readme.yaml").write_text(block)
+    (tmp_path / "readme.yaml").write_text(block)
     with pytest.raises(SystemExit) as stop:
-        main(["fit", "--config", "readme.yaml", "--print_config"])
+        main(["fit", "--config", str(tmp_path / "readme.yaml"), "--print_config"])
     assert stop.value.code == 0
-    assert "weight_bits: 4" in capsys.readouterr().out or "bits: 4" in capsys.readouterr().out
+    assert "bits: 4" in capsys.readouterr().out
 
 
-def test_shell_lines_name_commands_that_exist(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shell_lines_name_commands_that_exist(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     makefile = (ROOT / "Makefile").read_text()
     monkeypatch.chdir(ROOT)
-    for line in "\n".join(blocks("bash")).splitlines():
+    for line in "".join(blocks("bash")).splitlines():
         words = line.split("#")[0].split()
+        if not words:
+            continue
         if words[0] == "make":
             assert f"\n{words[1]}:" in makefile
         else:
             assert words[0] == "lightning-lowbit"
             extra = [] if words[1] == "schemes" else ["--print_config"]
-            try:
+            with contextlib.suppress(SystemExit):
                 main([*words[1:], *extra])
-            except SystemExit as stop:
-                assert stop.code == 0, line
+            assert "error:" not in capsys.readouterr().err, line
 
 
 @pytest.mark.parametrize("path", re.findall(r"\]\(((?!http)[^)#]+)\)", README))

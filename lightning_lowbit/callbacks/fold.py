@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from lightning_lowbit.callbacks.schedule import Setting
 from lightning_lowbit.modules.base import Milestone
+from lightning_lowbit.modules.moments import check_moment
 from lightning_lowbit.plugins.lifecycle import Lifecycle
-from lightning_lowbit.plugins.moments import check_moment
 
 __all__ = ["FoldBatchNorm"]
 

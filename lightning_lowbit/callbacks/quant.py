@@ -41,6 +41,4 @@ class QuantCallback(Lifecycle):
         evaluate: bool = True,
         resume_order: bool | None = None,
     ) -> None:
-        super().__init__(
-            scheme, skip, include, init_from, calibrate_batches, start, compile, evaluate, resume_order
-        )
+        super().__init__(scheme, skip, include, init_from, calibrate_batches, start, compile, evaluate, resume_order)

@@ -68,12 +68,8 @@ class Flow:
     untraced: list[Untraceable] = field(default_factory=list)
     containers: list[str] = field(default_factory=list)  # traced, in the order of their first call
     seen: set[str] = field(default_factory=set)  # paths of every module that a traced forward reached
-    heads: list[Call] = field(
-        default_factory=list
-    )  # entries of the network itself, as opposed to parts of it
-    planned: dict[str, set[tuple[CallKey, ...]]] = field(
-        default_factory=dict
-    )  # container -> calls, per variant
+    heads: list[Call] = field(default_factory=list)  # entries of the network itself, as opposed to parts of it
+    planned: dict[str, set[tuple[CallKey, ...]]] = field(default_factory=dict)  # container -> calls, per variant
 
 
 def follow(root: nn.Module) -> Flow:
@@ -95,9 +91,7 @@ class _Walker:
         self.root, self.flow = root, flow
         self.graphs: dict[tuple[str, str], torch.fx.Graph | Untraceable] = {}
         self.paths = {id(module): path for path, module in root.named_modules()}
-        self.overwritten: dict[
-            int, Call
-        ] = {}  # id of a call -> the call that has changed its result in place
+        self.overwritten: dict[int, Call] = {}  # id of a call -> the call that has changed its result in place
 
     def enter(self, module: nn.Module, path: str) -> None:
         """Start at a module whose inputs come from outside."""
@@ -130,13 +124,9 @@ class _Walker:
         if variant not in self.graphs:
             graph = trace_container(module, path, training=False, fixed=fixed)
             other = trace_container(module, path, training=True, fixed=fixed)
-            if isinstance(graph, torch.fx.Graph) and (
-                isinstance(other, Untraceable) or _differ(graph, other)
-            ):
+            if isinstance(graph, torch.fx.Graph) and (isinstance(other, Untraceable) or _differ(graph, other)):
                 where = other.where if isinstance(other, Untraceable) else type(module).__qualname__
-                graph = Untraceable(
-                    path, where, "its forward makes other calls in training than in evaluation"
-                )
+                graph = Untraceable(path, where, "its forward makes other calls in training than in evaluation")
             self.graphs[variant] = graph
             if isinstance(graph, Untraceable):
                 self.flow.untraced.append(graph)
@@ -146,9 +136,7 @@ class _Walker:
                     self.flow.containers.append(path)
         return self.graphs[variant]
 
-    def _inline(
-        self, graph: torch.fx.Graph, module: nn.Module, path: str, arguments: dict[torch.fx.Node, Any]
-    ) -> Any:
+    def _inline(self, graph: torch.fx.Graph, module: nn.Module, path: str, arguments: dict[torch.fx.Node, Any]) -> Any:
         values: dict[torch.fx.Node, Any] = dict(arguments)
         keys = call_keys(graph)
         for node in graph.nodes:
@@ -168,19 +156,13 @@ class _Walker:
                 values[node] = args[0][args[1]]
             else:
                 inputs = self._calls((args, kwargs))
-                values[node] = self._call(
-                    node.target, node, path, keys[node], None, inputs, node.args, node.kwargs
-                )
+                values[node] = self._call(node.target, node, path, keys[node], None, inputs, node.args, node.kwargs)
         return None
 
-    def _module(
-        self, child: nn.Module, node: torch.fx.Node, owner: str, key: CallKey, args: Any, kwargs: Any
-    ) -> Any:
+    def _module(self, child: nn.Module, node: torch.fx.Node, owner: str, key: CallKey, args: Any, kwargs: Any) -> Any:
         path = self.paths[id(child)]
         if is_leaf(child):
-            return self._call(
-                child, node, owner, key, path, self._calls((args, kwargs)), node.args, node.kwargs
-            )
+            return self._call(child, node, owner, key, path, self._calls((args, kwargs)), node.args, node.kwargs)
         graph = self._graph(child, path, constants(child, tuple(args), dict(kwargs)))
         if isinstance(graph, Untraceable):  # opaque: its tensors are float to everyone outside
             return self._call("untraced", node, owner, key, path, self._calls((args, kwargs)), (), {})
@@ -194,9 +176,7 @@ class _Walker:
     ) -> Call | None:  # fmt: skip
         if isinstance(target, nn.Module):
             path = self.paths[id(target)]
-            self.flow.seen.update(
-                path if not name else f"{path}.{name}" for name, _ in target.named_modules()
-            )
+            self.flow.seen.update(path if not name else f"{path}.{name}" for name, _ in target.named_modules())
         kind = classify(target, args, kwargs) if target != "untraced" else Kind.FLOAT
         if kind is Kind.ADD and len(inputs) == 1 and 0 in args:  # sum([a, b]) begins with 0 + a
             kind = Kind.KEEP

@@ -124,9 +124,7 @@ _register(Kind.META, getattr, torch.numel, "size", "dim", "numel", "stride", len
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module is one operation to the planner: a torch.nn layer, not a container of the user's."""
-    if isinstance(
-        module, (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.TransformerEncoder, nn.Transformer)
-    ):
+    if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.TransformerEncoder, nn.Transformer)):
         return False
     if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerDecoder)):
         return False

@@ -39,9 +39,7 @@ class _Planner:
         self.union = Union()
         self.sites: dict[str, Site] = {}
         self.signs: dict[int, bool | None] = {}
-        self.arrives_on: dict[
-            str, list[str]
-        ] = {}  # layer -> the site that declares the grid of its first input
+        self.arrives_on: dict[str, list[str]] = {}  # layer -> the site that declares the grid of its first input
 
     # -- the passes, in order -----------------------------------------------------------------------------
     def plan(self) -> Plan:
@@ -56,11 +54,7 @@ class _Planner:
         for entry in self.flow.entries:
             self._tie_readers(entry)
         for call in self.flow.calls:
-            if (
-                call.kind is Kind.COMPUTE
-                and call.path in self.convertible
-                and call is self.by_path[call.path][0]
-            ):
+            if call.kind is Kind.COMPUTE and call.path in self.convertible and call is self.by_path[call.path][0]:
                 self._layer(call)
         self.result.sites = list(self.sites.values())
         self.result.ties = self.union.groups(self.sites)
@@ -117,9 +111,7 @@ class _Planner:
                 self.names[id(call)] = call.alias
                 if (call.owner, call.key) not in named:
                     named[call.owner, call.key] = call.alias
-                    self.result.ops.append(
-                        OpPlan(call.alias, call.owner, call.key, call.kind, call.alias, call)
-                    )
+                    self.result.ops.append(OpPlan(call.alias, call.owner, call.key, call.kind, call.alias, call))
                 continue
             if (call.owner, call.key) not in named:
                 stem = f"{call.owner}." if call.owner else ""
@@ -132,9 +124,7 @@ class _Planner:
                 named[call.owner, call.key] = name
                 self.result.ops.append(OpPlan(name, call.owner, call.key, call.kind, None, call))
             self.names[id(call)] = named[call.owner, call.key]
-        self.result.ops = [
-            replace(op, overwrites=(op.owner, op.key) in overwriting) for op in self.result.ops
-        ]
+        self.result.ops = [replace(op, overwrites=(op.owner, op.key) in overwriting) for op in self.result.ops]
 
     # -- sites --------------------------------------------------------------------------------------------
     def _readers(self, call: Call) -> Iterable[Call]:
@@ -240,13 +230,9 @@ class _Planner:
         sources = self._source_keys(call.inputs[0])
         role = self.sites[sources[0]].role if sources else None
         signed = self._signed(call.inputs[0])
-        site = Site(
-            call.path, "input", COMPUTE[type(call.target)], "", signed, source=role, slot="lowbit_input"
-        )
+        site = Site(call.path, "input", COMPUTE[type(call.target)], "", signed, source=role, slot="lowbit_input")
         known = self.sites.get(site.key)
-        if (
-            known is not None
-        ):  # called again; what arrives on two grids, or on none, is quantized by the layer itself
+        if known is not None:  # called again; what arrives on two grids, or on none, is quantized by the layer itself
             same = sources[:1] == self.arrives_on[call.path]
             signed = signed if signed == known.signed else True if True in (signed, known.signed) else None
             site = replace(known, signed=signed, source=known.source if same else None)
@@ -272,9 +258,7 @@ class _Planner:
             elif reader.kind in (Kind.ADD, Kind.CAT, Kind.AVG_POOL) and not self._source_keys(call):
                 path = self.names[id(reader)]
                 operands += [
-                    f"{path}.lowbit_operand_{i}"
-                    for i, s in enumerate(reader.inputs)
-                    if self._origin(s) is call
+                    f"{path}.lowbit_operand_{i}" for i, s in enumerate(reader.inputs) if self._origin(s) is call
                 ]
         for keys in (inputs, operands):
             self.union.join([key for key in keys if key in self.sites])
@@ -323,9 +307,7 @@ class _Planner:
             if len(layers) > 1:
                 first, last = any(layer.first for layer in layers), any(layer.last for layer in layers)
                 for layer in layers:
-                    self.result.layers[self.result.layers.index(layer)] = replace(
-                        layer, first=first, last=last
-                    )
+                    self.result.layers[self.result.layers.index(layer)] = replace(layer, first=first, last=last)
                 self.result.ties.append([f"{layer.path}.lowbit_weight" for layer in layers])
                 self.result.same_grid.update(self.result.ties[-1])
 

@@ -78,9 +78,7 @@ class Plan:
     sites: list[Site] = field(default_factory=list)
     ties: list[list[str]] = field(default_factory=list)  # site keys that share one step
     same_grid: set[str] = field(default_factory=set)  # of those, keys that share the sign too (concat)
-    operands: dict[str, list[str]] = field(
-        default_factory=dict
-    )  # op path -> keys that declare its operands' grids
+    operands: dict[str, list[str]] = field(default_factory=dict)  # op path -> keys that declare its operands' grids
 
 
 class Union:

@@ -81,9 +81,7 @@ def has_forward(module: nn.Module) -> bool:
     return forward is not nn.Module.forward and forward.__qualname__ != "LightningModule.forward"
 
 
-def bound_arguments(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any] | None:
+def bound_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
     """All arguments of a call of ``module`` by parameter name, defaults included; None if they do not fit."""
     signature = inspect.signature(type(module).forward)
     try:
@@ -131,16 +129,12 @@ def trace_container(
             return Untraceable(path, _last_user_frame(error, module), reason)
     made = [str(n.target) for n in graph.nodes if n.op == "get_attr" and "_tensor_constant" in str(n.target)]
     if made:
-        effects.append(
-            "it makes a tensor without its inputs (torch.tensor, torch.arange, torch.randn); use a buffer"
-        )
+        effects.append("it makes a tensor without its inputs (torch.tensor, torch.arange, torch.randn); use a buffer")
     if effects:
         return Untraceable(path, f"{type(module).__qualname__}.forward", effects[0])
     _name_parameters(graph, module)
     for node in reversed(list(graph.nodes)):  # the checks that torch.fx adds for fixed arguments
-        if node.op == "call_function" and (
-            node.target in _ASSERTS or (node.target is operator.eq and not node.users)
-        ):
+        if node.op == "call_function" and (node.target in _ASSERTS or (node.target is operator.eq and not node.users)):
             graph.erase_node(node)
     return graph
 
@@ -150,9 +144,7 @@ def _name_parameters(graph: torch.fx.Graph, module: nn.Module) -> None:
     parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
     collecting = [p for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    for node, parameter in zip(
-        placeholders, [p for p in parameters if p not in collecting] + collecting, strict=True
-    ):
+    for node, parameter in zip(placeholders, [p for p in parameters if p not in collecting] + collecting, strict=True):
         node.meta["parameter"] = parameter.name
 
 
@@ -161,9 +153,7 @@ def _untouched(module: nn.Module, training: bool) -> Iterator[list[str]]:
     """Put ``module`` back as it was, and report what its forward did besides computing."""
     attributes: dict[str, Any] = dict(module.__dict__)
     buffers, was_training = dict(module._buffers), module.training
-    contents = {
-        name: copy.copy(value) for name, value in attributes.items() if isinstance(value, (list, dict, set))
-    }
+    contents = {name: copy.copy(value) for name, value in attributes.items() if isinstance(value, (list, dict, set))}
     torch_state, python_state, numpy_state = (
         torch.get_rng_state(),
         random.getstate(),
@@ -181,13 +171,9 @@ def _untouched(module: nn.Module, training: bool) -> Iterator[list[str]]:
     effects: list[str] = []
     try:
         yield effects
-        after = {
-            name: value for name, value in module.__dict__.items() if not name.startswith("_tensor_constant")
-        }
+        after = {name: value for name, value in module.__dict__.items() if not name.startswith("_tensor_constant")}
         changed = [name for name in after if name not in before or after[name] is not before[name]]
-        changed += [
-            n for n, kept in contents.items() if n not in _OWN_STATE and not _same(attributes[n], kept)
-        ]
+        changed += [n for n, kept in contents.items() if n not in _OWN_STATE and not _same(attributes[n], kept)]
         changed += [n for n, tensor in buffers.items() if module._buffers.get(n) is not tensor]
         if changed:
             effects.append(f"it keeps values on the module (self.{changed[0]})")
@@ -244,9 +230,7 @@ def call_keys(graph: torch.fx.Graph) -> dict[torch.fx.Node, CallKey]:
 
 def _last_user_frame(error: BaseException, module: nn.Module) -> str:
     frames = [
-        f
-        for f in traceback.extract_tb(error.__traceback__)
-        if "/torch/" not in f.filename and f.filename != __file__
+        f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename and f.filename != __file__
     ]
     if not frames:
         return f"{type(module).__qualname__}.forward"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.graph.plan import Site
 from lightning_lowbit.modules.links import Link, Links
+from lightning_lowbit.modules.moments import Moment
 
 if TYPE_CHECKING:
     from lightning_lowbit.modules.quantizer import Quantizer
@@ -23,9 +25,6 @@ __all__ = [
     "Link", "Links", "LowBitModule", "Milestone", "Mode", "Moment", "Scheme", "Site", "StepContext", "Switch",
     "Tally", "UpdateRule", "float_mode", "low_bit_modules", "switch_of",
 ]  # fmt: skip
-
-Moment = int | float | str
-"""A point of a run: float in (0, 1) = fraction, int = epoch, "500 steps" = step, 0 = at once."""
 
 
 class Mode(Enum):
@@ -47,9 +46,7 @@ class Tally:
     def count(self, quantizer: Quantizer, x: Tensor) -> None:
         key = quantizer.site.key
         self.seen[key] = self.seen.get(key, 0) + x.numel()
-        self.saturated[key] = self.saturated.get(key, torch.zeros((), device=x.device)) + quantizer.saturated(
-            x
-        )
+        self.saturated[key] = self.saturated.get(key, torch.zeros((), device=x.device)) + quantizer.saturated(x)
 
     def share(self, key: str) -> float | None:
         """Saturated share of a site's values; None where it saw none."""
@@ -139,9 +136,7 @@ class UpdateRule(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
-            raise ConfigError(
-                f"{type(self).__name__} has no state to load, the checkpoint holds {sorted(state)}"
-            )
+            raise ConfigError(f"{type(self).__name__} has no state to load, the checkpoint holds {sorted(state)}")
 
 
 class Scheme:
@@ -152,6 +147,10 @@ class Scheme:
     carries_errors: ClassVar[bool] = False  # the error is an integer: training runs with autocast off
     reproducible: ClassVar[bool] = False  # the package's own sample order is used unless the user declines
     exact_evaluation: ClassVar[bool] = True  # evaluation is integer arithmetic, but for the report's islands
+
+    def replace(self, **options: Any) -> Self:
+        """The same scheme with other options."""
+        return dataclasses.replace(self, **options)  # type: ignore[type-var]  # concrete schemes are dataclasses
 
     def quantizer(self, site: Site) -> Quantizer | None:
         """The quantizer of one tensor; None leaves it as it is."""

@@ -58,14 +58,14 @@ def calibrate(
                 if again:
                     break
                 _require_ran(root, switch.ran, accept_silent)
-                asked = [
-                    leader.close_pass(all_reduce) for leader in leaders
-                ]  # of all, whatever the first says
+                asked = [leader.close_pass(all_reduce) for leader in leaders]  # of all, whatever the first says
                 if not any(asked):
                     break
             for leader in leaders:
                 leader.commit(all_reduce)
     finally:
+        for _, quantizer in quantizers(root):
+            quantizer.forget()  # after a refusal too: the next calibration starts from nothing
         switch.ran = None
         for module in training:
             module.training = True
@@ -97,9 +97,7 @@ def _observe_weights(root: nn.Module) -> None:
 
 def _require_ran(root: nn.Module, ran: set[str], accepted: Callable[[str], bool]) -> None:
     silent = [
-        m.path
-        for m in root.modules()
-        if isinstance(m, LowBitLayer) and m.path not in ran and not accepted(m.path)
+        m.path for m in root.modules() if isinstance(m, LowBitLayer) and m.path not in ran and not accepted(m.path)
     ]
     if silent:
         raise ConfigError(

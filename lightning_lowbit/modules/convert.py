@@ -53,6 +53,7 @@ class Conversion:
     uncovered: list[str] = field(default_factory=list)  # code whose functional operations stay float
     sites: list[Site] = field(default_factory=list)
     ties: list[list[str]] = field(default_factory=list)
+    derived_ties: list[list[str]] = field(default_factory=list)  # what the data flow says; ties may be a file's
 
     def spec(self) -> dict[str, Any]:
         """Plain types: sites as {key: role}, ties as lists of keys."""
@@ -103,7 +104,8 @@ def convert_module(
     builder.build(ties)
     builder.switch.conversion = result
     result.layers, result.sites = plan.layers, [q.site for _, q in quantizers(root)]
-    result.ties = ties if ties is not None else _present(plan.ties, {site.key for site in result.sites})
+    result.derived_ties = _present(plan.ties, {site.key for site in result.sites})
+    result.ties = result.derived_ties if ties is None else ties
     return result
 
 
@@ -184,9 +186,7 @@ class _Builder:
         owner = self.root.get_submodule(site.path)
         owner.add_module(site.slot or f"lowbit_{site.role}", _placed_like(quantizer, owner, self.root))
         self.made[site.key] = quantizer
-        if not isinstance(
-            owner, LowBitModule
-        ):  # an activation module of the user's: its result passes the quantizer
+        if not isinstance(owner, LowBitModule):  # an activation module of the user's: its result passes the quantizer
             owner.register_forward_hook(PassThrough(quantizer))
 
     def _finish_layer(self, plan: LayerPlan) -> None:

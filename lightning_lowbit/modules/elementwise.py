@@ -168,9 +168,7 @@ class LowBitAvgPool(LowBitOp):
         return on(self.lowbit_output, self.scheme.compute(self, self.operand(0, input), *args, **kwargs))
 
     def result_grid(self) -> Grid | None:
-        return (
-            None if self.lowbit_output is None or not self.lowbit_output.ready else self.lowbit_output.grid()
-        )
+        return None if self.lowbit_output is None or not self.lowbit_output.ready else self.lowbit_output.grid()
 
 
 class LowBitAfter(LowBitOp):

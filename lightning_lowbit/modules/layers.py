@@ -104,17 +104,13 @@ class LowBitLayer(LowBitModule):
         if norm is None:
             return self.weight, self.bias
         for hook in norm._forward_pre_hooks.values():
-            if isinstance(
-                hook, BasePruningMethod
-            ):  # renews norm.weight, in a forward that comes after this one
+            if isinstance(hook, BasePruningMethod):  # renews norm.weight, in a forward that comes after this one
                 hook(norm, None)
         if norm.training and not self.norm_frozen and self.switch.mode is Mode.LOWBIT:
             y = self.op(x, self.weight, self.bias).to(self.weight.dtype)
             norm._check_input_dim(y)  # type: ignore[no-untyped-call]
             if y.numel() == y.shape[self.channel_axis]:
-                raise ValueError(
-                    f"{self.path}: expected more than one value per channel in training, got {y.shape}"
-                )
+                raise ValueError(f"{self.path}: expected more than one value per channel in training, got {y.shape}")
             mean, var, unbiased = batch_statistics(y, self.channel_axis)
             self._track(norm, mean.detach(), unbiased)
         else:
@@ -231,9 +227,7 @@ class _Transposed(LowBitLayer):
             self.dilation,
         )
         # Not self.function(...): a builtin in a class attribute does not bind, which reads like a slip.
-        y: Tensor = type(self).function(
-            x, weight, bias, self.stride, self.padding, padding, self.groups, self.dilation
-        )
+        y: Tensor = type(self).function(x, weight, bias, self.stride, self.padding, padding, self.groups, self.dilation)
         return y
 
 

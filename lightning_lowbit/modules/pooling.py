@@ -58,9 +58,7 @@ def _pool(
         return sums / math.prod(kernel)
     counts = [
         _counted(size, k, s, p, windows, include)
-        for size, k, s, p, windows in zip(
-            x.shape[-dims:], kernel, stride, padding, sums.shape[-dims:], strict=True
-        )
+        for size, k, s, p, windows in zip(x.shape[-dims:], kernel, stride, padding, sums.shape[-dims:], strict=True)
     ]
     return sums / math.prod(
         [

@@ -67,6 +67,9 @@ class Quantizer(nn.Module):
     def observe(self, x: Tensor) -> None:
         """Look at a tensor."""
 
+    def forget(self) -> None:
+        """Drop what was observed."""
+
     def close_pass(self, all_reduce: AllReduce) -> bool:
         """End the first pass, over all processes; True asks for a second one."""
         return False

@@ -45,10 +45,7 @@ def blocks(root: nn.Module) -> list[Block]:
                 visit(f"{path}.{name}" if path else name, child)
 
     visit("", root)
-    first = {
-        b.path: min(order.get(m.path, 0) for m in b.module.modules() if isinstance(m, LowBitLayer))
-        for b in found
-    }
+    first = {b.path: min(order.get(m.path, 0) for m in b.module.modules() if isinstance(m, LowBitLayer)) for b in found}
     return sorted(found, key=lambda block: first[block.path])
 
 
@@ -149,7 +146,5 @@ def _fit_block(block: Block, steps: int, lr: float, threshold_lr: float) -> tupl
 
 @torch.no_grad()
 def _error(block: Block) -> float:
-    losses = [
-        F.mse_loss(block.module(*a, **k), t) for (a, k), t in zip(block.inputs, block.targets, strict=True)
-    ]
+    losses = [F.mse_loss(block.module(*a, **k), t) for (a, k), t in zip(block.inputs, block.targets, strict=True)]
     return float(torch.stack(losses).mean())

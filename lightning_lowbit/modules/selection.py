@@ -42,11 +42,20 @@ class Selection:
     skip: Sequence[Pattern] = ()
     include: Sequence[Pattern] | None = None
 
+    @classmethod
+    def of(cls, skip: Pattern | Sequence[Pattern], include: Pattern | Sequence[Pattern] | None) -> Selection:
+        """From what a user writes: one pattern stands for a list of one."""
+        return cls(_patterns(skip), None if include is None else _patterns(include))
+
     def skips(self, path: str, module: nn.Module) -> bool:
         return _matches(self.skip, path, module)
 
     def wants(self, path: str, module: nn.Module) -> bool:
         return not self.skips(path, module) and (self.include is None or _matches(self.include, path, module))
+
+
+def _patterns(given: Pattern | Sequence[Pattern]) -> tuple[Pattern, ...]:
+    return (given,) if isinstance(given, (str, type)) else tuple(given)
 
 
 def _matches(patterns: Iterable[Pattern], path: str, module: nn.Module) -> bool:
@@ -93,9 +102,7 @@ def wanted_layers(root: nn.Module, selection: Selection) -> set[str]:
     wanted = {path for path in layers if path not in skipped}
     if not wanted:
         lazy = any(isinstance(m, nn.modules.lazy.LazyModuleMixin) for m in root.modules())
-        found = (
-            f"{len(layers)} layers ({_count(skipped[path] for path in layers)})" if layers else "none of them"
-        )
+        found = f"{len(layers)} layers ({_count(skipped[path] for path in layers)})" if layers else "none of them"
         raise ConfigError(
             f"{type(root).__name__}: nothing to convert. Expected nn.Linear, nn.Conv1d/2d/3d or "
             f"nn.ConvTranspose1d/2d/3d, found {found}."
@@ -148,9 +155,7 @@ def norms_to_keep(root: nn.Module, scheme: Scheme) -> set[str]:
     kept = set()
     for path, module in root.named_modules():
         if isinstance(module, _BatchNorm):
-            foldable = (
-                type(module) in NORMS and module.track_running_stats and module.running_mean is not None
-            )
+            foldable = type(module) in NORMS and module.track_running_stats and module.running_mean is not None
             answer = scheme.batch_norm(Site(path, "output", "batch_norm"))
             if not foldable or answer != "fold":
                 kept.add(path)

@@ -116,6 +116,9 @@ class ThresholdQuantizer(Quantizer):
             self.observer = RangeObserver()
         self.observer.observe(x)
 
+    def forget(self) -> None:
+        self.observer = None
+
     def _observed(self) -> list[tuple[ThresholdQuantizer, RangeObserver]]:
         """Members that take part in finding the threshold, with what they saw, if anything."""
         members = [m for m in self.group if isinstance(m, ThresholdQuantizer)]
@@ -146,8 +149,6 @@ class ThresholdQuantizer(Quantizer):
             if observer.histogram is not None:
                 observer.reduce(all_reduce)
         log2_t = self._initial_log2_t(seen)
-        for member, _ in seen:
-            member.observer = None
         with torch.no_grad():
             self.log2_t.fill_(0.0 if log2_t is None else log2_t)
         self.set_ready(log2_t is not None)  # zero throughout: open until a later calibration sees something
@@ -178,9 +179,7 @@ class ThresholdQuantizer(Quantizer):
         histogram = observer.histogram
         assert histogram is not None
         if self.initialization == "klj":
-            return threshold_klj(
-                histogram.magnitudes(member.signed), histogram.bin_width, member.bits, member.signed
-            )
+            return threshold_klj(histogram.magnitudes(member.signed), histogram.bin_width, member.bits, member.signed)
         return threshold_percentile(histogram, self.percentile, member.signed)
 
 
@@ -243,11 +242,7 @@ class BiasQuantizer(ThresholdQuantizer):
         if self.own:
             return super().quantize(x, rectify)
         unit = self._unit()
-        return (
-            x
-            if unit is None
-            else fake_quantize(x, unit, qmin=self.qmin, qmax=self.qmax, rounding=self.rounding)
-        )
+        return x if unit is None else fake_quantize(x, unit, qmin=self.qmin, qmax=self.qmax, rounding=self.rounding)
 
     def observe(self, x: Tensor) -> None:
         if self.own:

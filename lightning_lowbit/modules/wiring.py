@@ -31,9 +31,7 @@ def connect(root: nn.Module, flow: Flow, plan: Plan) -> None:
     exits = {id(_source(call, modules)) for call in flow.exits}
     for call in flow.calls:
         if id(call) in modules:
-            operands[id(call)] = [
-                _between(_source(source, modules), modules, stations) for source in call.inputs
-            ]
+            operands[id(call)] = [_between(_source(source, modules), modules, stations) for source in call.inputs]
         elif call.kind is not Kind.KEEP and call.target is not None:
             for source in call.inputs:  # float code reads it
                 producer = _source(source, modules)

@@ -49,9 +49,7 @@ def pow2(exponent: Tensor | int, dtype: torch.dtype = torch.float32) -> Tensor:
     elif dtype == torch.float64:
         mantissa_bits, bias, word = 52, 1023, torch.int64
     else:
-        raise TypeError(
-            f"pow2: got dtype {dtype}, expected torch.float32 or torch.float64; convert the result."
-        )
+        raise TypeError(f"pow2: got dtype {dtype}, expected torch.float32 or torch.float64; convert the result.")
     # Bits, not torch.ldexp or pow: ldexp multiplies by pow(2, e), which flushes subnormals on some devices.
     e = torch.as_tensor(exponent).to(word)
     biased = (e + bias).clamp(0, 2 * bias + 1)

@@ -61,9 +61,7 @@ def _half_up(x: Tensor) -> Tensor:
     return floor + (x - floor >= 0.5).to(x.dtype)
 
 
-def shift_right_rounded(
-    acc: Tensor, shift: int | Tensor, rounding: Rounding | str = Rounding.HALF_EVEN
-) -> Tensor:
+def shift_right_rounded(acc: Tensor, shift: int | Tensor, rounding: Rounding | str = Rounding.HALF_EVEN) -> Tensor:
     """Divide integers by 2**shift, rounding as asked; a negative shift multiplies.
 
     Nothing is added before the shift, so a right shift never overflows: any int32 (or narrower) acc, and
@@ -128,9 +126,7 @@ def divide_rounded(num: Tensor, den: int | Tensor, rounding: Rounding | str = Ro
     """
     _require_integers(num, "divide_rounded")
     if isinstance(den, int) and den < 1:
-        raise ZeroDivisionError(
-            f"divide_rounded: got den {den}, expected an integer >= 1; move the sign to num."
-        )
+        raise ZeroDivisionError(f"divide_rounded: got den {den}, expected an integer >= 1; move the sign to num.")
     v = num.to(torch.int64)
     d = torch.as_tensor(den, device=num.device).to(torch.int64)
     q = torch.div(v, d, rounding_mode="floor")

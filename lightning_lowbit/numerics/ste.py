@@ -210,9 +210,7 @@ class _Lean(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, log2_t: Tensor | None, s: float, qmin: int, qmax: int, rectify: bool
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, log2_t: Tensor | None, s: float, qmin: int, qmax: int, rectify: bool) -> Tensor:
         dtype = _compute_dtype(x)
         ctx.save_for_backward(x)
         ctx.log2_t = None if log2_t is None else (log2_t.shape, log2_t.dtype)

@@ -114,13 +114,9 @@ def undisturbed(trainer: Any, module: Any, loaders: CombinedLoader | None = None
     for name in _SILENT:
         patches.set(module, name, silent)
     count = len(getattr(trainer, "optimizers", []) or [])
-    patches.set(
-        module, "optimizers", lambda *a, **k: silent if count < 2 else [_Silent() for _ in range(count)]
-    )
+    patches.set(module, "optimizers", lambda *a, **k: silent if count < 2 else [_Silent() for _ in range(count)])
     patches.set(module, "lr_schedulers", lambda *a, **k: silent)
-    generators = [
-        g for loader in (loaders.flattened if loaders is not None else []) for g in _generators(loader)
-    ]
+    generators = [g for loader in (loaders.flattened if loaders is not None else []) for g in _generators(loader)]
     states = [generator.get_state() for generator in generators]
     buffers = _buffers(module)
     metrics = [

@@ -45,8 +45,7 @@ def calibrate_on(
     )
     if still_open:
         rank_zero_warn(
-            f"zero throughout calibration, so they stay float: {', '.join(still_open[:6])} "
-            f"({len(still_open)} in all)."
+            f"zero throughout calibration, so they stay float: {', '.join(still_open[:6])} ({len(still_open)} in all)."
         )
 
 

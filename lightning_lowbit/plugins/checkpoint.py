@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lowbit.errors import ConfigError
-from lightning_lowbit.modules.base import Scheme
+from lightning_lowbit.modules.base import Scheme, switch_of
 from lightning_lowbit.modules.convert import Conversion, Selection, convert_module
 from lightning_lowbit.plugins.checks import check_checkpoint_file
 from lightning_lowbit.schemes import find
 
 __all__ = [
-    "KEY", "add_open_keys", "compare_spec", "difference", "float_state_dict", "initialize_from",
+    "KEY", "add_open_keys", "check_shapes", "compare_spec", "difference", "float_state_dict", "initialize_from",
     "load_from_checkpoint", "read_scheme", "write_spec",
 ]  # fmt: skip
 
@@ -58,8 +58,7 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value if type(value) in (bool, int, float, str, type(None)) else type(value).__mro__[-2](value)
     raise ConfigError(
-        f"scheme option {value!r} ({type(value).__name__}) is no plain type and cannot be kept in a "
-        "checkpoint."
+        f"scheme option {value!r} ({type(value).__name__}) is no plain type and cannot be kept in a checkpoint."
     )
 
 
@@ -68,16 +67,14 @@ def read_scheme(spec: Mapping[str, Any]) -> Scheme:
     if spec.get("format") != FORMAT:
         raise ConfigError(
             f"checkpoint: low-bit format {spec.get('format')!r} (written by lightning-lowbit "
-            f"{spec.get('version')}), this version "
-            f"reads format {FORMAT}. Install the version that wrote it."
+            f"{spec.get('version')}), this version reads format {FORMAT}. Install the version that wrote it."
         )
     cls = find(spec["scheme"])
     known: set[str] = {f.name for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
     unknown = sorted(set(spec["options"]) - known)
     if unknown:
         raise ConfigError(
-            f"checkpoint: {cls.__name__} has no option {unknown[0]!r}; it was written by version "
-            f"{spec.get('version')}."
+            f"checkpoint: {cls.__name__} has no option {unknown[0]!r}; it was written by version {spec.get('version')}."
         )
     return cls(**spec["options"])
 
@@ -92,29 +89,41 @@ def difference(saved: Scheme, here: Scheme) -> str:
     return f"{type(saved).__name__}({theirs}), this callback has {ours}"
 
 
-def compare_spec(spec: Mapping[str, Any], conversion: Conversion, model: nn.Module) -> None:
+def compare_spec(spec: Mapping[str, Any], model: nn.Module) -> None:
     """Refuse weights whose sites or ties are not this network's."""
-    here = conversion.spec()
-    for name, saved, found in (("site", set(spec["sites"]), set(here["sites"])),):
-        if saved != found:
-            only_saved, only_here = sorted(saved - found), sorted(found - saved)
-            raise ConfigError(
-                f"{(only_saved or only_here)[0]}: the checkpoint has {len(saved)} low-bit {name}s, "
-                f"{type(model).__name__} has "
-                f"{len(found)} (only in the checkpoint: {only_saved[:3]}; only here: {only_here[:3]}). "
-                "Expected the same layers, "
-                "skip= and include= as in training; to start anew from its weights use init_from=."
-            )
+    conversion = switch_of(model).conversion
+    saved, found = set(spec["sites"]), set(conversion.spec()["sites"])
+    if saved != found:
+        only_saved, only_here = sorted(saved - found), sorted(found - saved)
+        raise ConfigError(
+            f"{(only_saved or only_here)[0]}: the checkpoint has {len(saved)} low-bit sites, "
+            f"{type(model).__name__} has {len(found)} (only in the checkpoint: {only_saved[:3]}; only here: "
+            f"{only_here[:3]}). Expected the same layers, skip= and include= as in training; to start anew from "
+            "its weights use init_from=."
+        )
     saved_ties = {tuple(sorted(tie)) for tie in spec["ties"]}
-    here_ties = {tuple(sorted(tie)) for tie in here["ties"]}
+    here_ties = {tuple(sorted(tie)) for tie in conversion.derived_ties}
     if saved_ties != here_ties:
         tie = sorted(saved_ties ^ here_ties)[0]
         raise ConfigError(
             f"{tie[0]}: tied to {', '.join(tie[1:])} {'in the checkpoint' if tie in saved_ties else 'here'} "
-            "and not "
-            f"{'here' if tie in saved_ties else 'in the checkpoint'}. The forward of {type(model).__name__} "
-            "differs from the one that "
-            "was trained; use the same code."
+            f"and not {'here' if tie in saved_ties else 'in the checkpoint'}. The forward of "
+            f"{type(model).__name__} differs from the one that was trained; use the same code."
+        )
+
+
+def check_shapes(state_dict: Mapping[str, Any], model: nn.Module) -> None:
+    """Refuse tensors of another shape before torch has copied those that fit."""
+    wrong = [
+        f"{key} {tuple(state_dict[key].shape)} for {tuple(value.shape)}"
+        for key, value in model.state_dict().items()
+        if isinstance(state_dict.get(key), Tensor) and state_dict[key].shape != value.shape
+    ]
+    if wrong:
+        raise ConfigError(
+            f"{type(model).__name__}: the checkpoint does not fit, nothing was loaded."
+            + _listing("of another shape", wrong)
+            + " Build the model with the hyperparameters of the training."
         )
 
 
@@ -169,10 +178,7 @@ def initialize_from(path: str | Path, module: nn.Module) -> None:
             f"init_from={str(path)!r} does not fit {type(module).__name__}; nothing was loaded."
             + _listing(
                 "of another shape",
-                [
-                    f"{k} {tuple(saved[k.removeprefix(prefix)].shape)} for {tuple(wanted[k].shape)}"
-                    for k in shapes
-                ],
+                [f"{k} {tuple(saved[k.removeprefix(prefix)].shape)} for {tuple(wanted[k].shape)}" for k in shapes],
             )
             + _listing("missing in the file", [k for k in missing if k not in shapes])
             + _listing("unexpected in the file", unexpected)
@@ -192,11 +198,7 @@ def _read_float(path: str | Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         unpickling = isinstance(error, pickle.UnpicklingError)
-        why = (
-            "the file holds Python objects beside tensors"
-            if unpickling
-            else " ".join(str(error).split())[:200]
-        )
+        why = "the file holds Python objects beside tensors" if unpickling else " ".join(str(error).split())[:200]
         raise ConfigError(
             f"init_from={str(path)!r}: torch.load(weights_only=True) failed: {why or type(error).__name__}. "
             "Expected a "
@@ -206,15 +208,10 @@ def _read_float(path: str | Path) -> dict[str, Tensor]:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
             break
-    tensors = (
-        {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
-        if isinstance(content, Mapping)
-        else {}
-    )
+    tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
     if not tensors:
         raise ConfigError(
-            f"init_from={str(path)!r}: no tensors found, expected a state dict or a file with one under "
-            "'state_dict'."
+            f"init_from={str(path)!r}: no tensors found, expected a state dict or a file with one under 'state_dict'."
         )
     while True:
         prefix = next((p for p in _PREFIXES if all(k.startswith(p) for k in tensors)), None)
@@ -246,6 +243,7 @@ def load_from_checkpoint(cls: type[_M], path: str | Path, map_location: Any = No
             spec = checkpoint.get(KEY)
             if spec is not None:
                 restore_conversion(self, spec)
+                check_shapes(checkpoint["state_dict"], self)
             super().on_load_checkpoint(checkpoint)
 
     Loaded.__name__, Loaded.__qualname__, Loaded.__module__ = cls.__name__, cls.__qualname__, cls.__module__
@@ -260,12 +258,10 @@ def restore_conversion(model: nn.Module, spec: Mapping[str, Any]) -> Conversion:
     missing = [path for path in spec["layers"] if path not in present]
     if missing:
         raise ConfigError(
-            f"{missing[0]}: low-bit in the checkpoint, absent from {type(model).__name__}. Layers must "
-            "exist when the checkpoint is read: "
-            "build them in __init__ or configure_model, with the hyperparameters of the training."
+            f"{missing[0]}: low-bit in the checkpoint, absent from {type(model).__name__}. Layers must exist "
+            "when the checkpoint is read: build them in __init__ or configure_model, with the hyperparameters "
+            "of the training."
         )
-    conversion = convert_module(
-        model, read_scheme(spec), Selection(include=list(spec["layers"])), spec["ties"]
-    )
-    compare_spec(spec, conversion, model)
+    conversion = convert_module(model, read_scheme(spec), Selection(include=list(spec["layers"])), spec["ties"])
+    compare_spec(spec, model)
     return conversion

@@ -26,9 +26,7 @@ def compile_in_place(model: nn.Module) -> None:
     torch.compile of a whole LightningModule fails in training_step as soon as it logs.
     """
     if not _has_compiler():
-        rank_zero_info(
-            "lightning_lowbit: compile=True, but there is no C++ compiler (g++ or $CXX): running eager."
-        )
+        rank_zero_info("lightning_lowbit: compile=True, but there is no C++ compiler (g++ or $CXX): running eager.")
         return
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
     forward = model.__dict__.get("forward")

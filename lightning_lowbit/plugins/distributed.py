@@ -42,20 +42,14 @@ def ignore_in_ddp(model: nn.Module, strategy: Any, patches: Patches) -> None:
     scheme updates itself.
     """
     names = {
-        f"{path}.{name}"
-        for path, q in quantizers(model)
-        for name, _ in (*q.named_parameters(), *q.named_buffers())
+        f"{path}.{name}" for path, q in quantizers(model) for name, _ in (*q.named_parameters(), *q.named_buffers())
     }
     own = {id(t) for _, q in quantizers(model) for t in (*q.parameters(), *q.buffers())}
     own |= {id(getattr(module, name)) for _, module in low_bit_modules(model) for name in module.ungraded}
     every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     names |= {name for name, tensor in every if id(tensor) in own}
     patches.set(model, _IGNORED, sorted(names))
-    left = [
-        name
-        for name, p in model.named_parameters(remove_duplicate=False)
-        if p.requires_grad and name not in names
-    ]
+    left = [name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad and name not in names]
     if not left and hasattr(strategy, "configure_ddp"):
         patches.set(strategy, "configure_ddp", lambda: None)
 

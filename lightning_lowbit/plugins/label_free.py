@@ -14,9 +14,7 @@ from lightning_lowbit.plugins.batches import drive
 __all__ = ["reconstruct_within_fit"]
 
 
-def reconstruct_within_fit(
-    trainer: Any, pl_module: Any, loaders: Any, batches: int, settings: dict[str, Any]
-) -> None:
+def reconstruct_within_fit(trainer: Any, pl_module: Any, loaders: Any, batches: int, settings: dict[str, Any]) -> None:
     """Reconstruct all blocks on the calibration batches and end the fit: no training_step, no label.
 
     Raises:
@@ -24,8 +22,7 @@ def reconstruct_within_fit(
     """
     if trainer.world_size > 1:
         raise ConfigError(
-            f"label_free on {trainer.world_size} processes: expected one device, its batches are few. Use "
-            "devices=1."
+            f"label_free on {trainer.world_size} processes: expected one device, its batches are few. Use devices=1."
         )
     errors = reconstruct(
         pl_module, functools.partial(drive, trainer, pl_module, loaders, batches, "forward"), **settings

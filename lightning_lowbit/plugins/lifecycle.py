@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback
@@ -25,11 +26,13 @@ from lightning_lowbit.modules.base import (
 )
 from lightning_lowbit.modules.calibrate import reset
 from lightning_lowbit.modules.convert import Pattern, Selection, is_converted, quantizers
+from lightning_lowbit.modules.moments import check_moment
 from lightning_lowbit.plugins import checks
 from lightning_lowbit.plugins.calibration import calibrate_before_evaluation, calibrate_on, update_averages
 from lightning_lowbit.plugins.checkpoint import (
     KEY,
     add_open_keys,
+    check_shapes,
     compare_spec,
     initialize_from,
     read_scheme,
@@ -39,7 +42,6 @@ from lightning_lowbit.plugins.compiling import compile_in_place
 from lightning_lowbit.plugins.distributed import ignore_in_ddp, reduce_mean, reduce_sum, share_ignored
 from lightning_lowbit.plugins.evaluation import validate_within_fit, validation_metrics
 from lightning_lowbit.plugins.label_free import reconstruct_within_fit
-from lightning_lowbit.plugins.moments import check_moment
 from lightning_lowbit.plugins.patching import Patches
 from lightning_lowbit.plugins.precision import low_bit, rule_of
 from lightning_lowbit.plugins.presence import Presence
@@ -56,18 +58,23 @@ class Lifecycle(Callback):
     """From ``Trainer(callbacks=[...])`` to a trained low-bit network; QuantCallback is the public face."""
 
     def __init__(
-        self, scheme: Scheme | str = "tqt", skip: Sequence[Pattern] = (),
-        include: Sequence[Pattern] | None = None,
-        init_from: str | None = None, calibrate_batches: int = 8, start: Moment | None = None, compile: bool
-            = False,
-        evaluate: bool = True, resume_order: bool | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        scheme: Scheme | str = "tqt",
+        skip: Pattern | Sequence[Pattern] = (),
+        include: Pattern | Sequence[Pattern] | None = None,
+        init_from: str | None = None,
+        calibrate_batches: int = 8,
+        start: Moment | None = None,
+        compile: bool = False,
+        evaluate: bool = True,
+        resume_order: bool | None = None,
+    ) -> None:
         check_moment("start", start)
         if calibrate_batches < 1:
             raise ConfigError(f"calibrate_batches={calibrate_batches}: expected at least 1.")
         self.by_name = isinstance(scheme, str)  # then a checkpoint's options win over the defaults
         self.scheme = resolve(scheme)
-        self.selection = Selection(tuple(skip), include)
+        self.selection = Selection.of(skip, include)
         self.init_from, self.calibrate_batches, self.start = init_from, calibrate_batches, start
         self.compile, self.evaluate, self.resume_order = compile, evaluate, resume_order
         self.calibration_loader: Any = None  # Calibrate sets it
@@ -76,17 +83,12 @@ class Lifecycle(Callback):
         self.schedule: Schedule | None = None
         self.rule: UpdateRule | None = None
         self._patches = Patches()
-        self._resume = ResumeState(
-            0 if (self.scheme.reproducible if resume_order is None else resume_order) else None
-        )
+        self._resume = ResumeState(0 if (self.scheme.reproducible if resume_order is None else resume_order) else None)
         self._presence = Presence(self.selection)
         self._restored: dict[str, Any] | None = None  # the run's section of the checkpoint that was read
-        self._initialized: weakref.ref[nn.Module] | None = (
-            None  # the module that has the weights of init_from
-        )
-        self._max_epochs: int | None = (
-            None  # as the user gave it: weight averaging adds an epoch for statistics
-        )
+        self._initialized: weakref.ref[nn.Module] | None = None  # the module that has the weights of init_from
+        self._max_epochs: int | None = None  # the user's: weight averaging adds an epoch for statistics
+        self._loading: Any = None  # path of the checkpoint that is being read
         self._reached: Any = None
         self._steps_before_epoch: int | None = None  # None where the epoch was not quantized from its start
         self._tally = Tally()
@@ -100,8 +102,8 @@ class Lifecycle(Callback):
         if others:
             raise ConfigError(f"Trainer(callbacks=...): {1 + len(others)} QuantCallbacks, expected one.")
         checks.check_trainer(trainer)
-        checks.check_checkpoint_file(trainer.ckpt_path, "ckpt_path")
         self._undo()
+        self._patches.set(trainer.strategy, "load_checkpoint", functools.partial(self._load, trainer.strategy))
         self._restored = None
         if stage == "fit":
             checks.check_neighbors(trainer, self)
@@ -126,15 +128,25 @@ class Lifecycle(Callback):
 
         self._patches.set(pl_module, name, functools.partial(patched, pl_module))
 
+    def _load(self, strategy: Any, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        checks.check_checkpoint_file(checkpoint_path, "ckpt_path")
+        self._loading = checkpoint_path
+        return type(strategy).load_checkpoint(strategy, checkpoint_path, *args, **kwargs)
+
     def _configure_model(self, trainer: Any, pl_module: Any, original: Any) -> None:
         """Layers were built in setup or are built here; weights from elsewhere arrive behind this."""
         original()
         self._swap(trainer, pl_module)
-        done = self._initialized is not None and self._initialized() is pl_module
-        if self.init_from is not None and not trainer.ckpt_path and not done:
-            initialize_from(self.init_from, pl_module)
-            self._initialized = weakref.ref(pl_module)
-            rank_zero_info(f"lightning_lowbit: weights from {self.init_from}")
+        if self.init_from is not None and Path(self.init_from).is_file():
+            self._initialize(pl_module)
+
+    def _initialize(self, pl_module: Any) -> None:
+        """Take the weights of init_from, once a module; a checkpoint that is resumed replaces them."""
+        if self.init_from is None or (self._initialized is not None and self._initialized() is pl_module):
+            return
+        initialize_from(self.init_from, pl_module)
+        self._initialized = weakref.ref(pl_module)
+        rank_zero_info(f"lightning_lowbit: weights from {self.init_from}")
 
     def _swap(self, trainer: Any, pl_module: Any) -> None:
         self.scheme = swap(pl_module, self.scheme, self.by_name, self.selection)
@@ -145,32 +157,34 @@ class Lifecycle(Callback):
             )
             self._patches.set(trainer.strategy, "_precision_plugin", plugin)
 
-    def _on_load_checkpoint(
-        self, trainer: Any, pl_module: Any, original: Any, checkpoint: dict[str, Any]
-    ) -> None:
+    def _on_load_checkpoint(self, trainer: Any, pl_module: Any, original: Any, checkpoint: dict[str, Any]) -> None:
         spec = checkpoint.get(KEY)
         if spec is None:
             if trainer.state.fn == "fit":
                 raise ConfigError(
-                    f"ckpt_path={str(trainer.ckpt_path)!r} is a float checkpoint: it initializes, it does "
-                    "not resume. Pass it as "
-                    "QuantCallback(init_from=...) and leave ckpt_path out."
+                    f"ckpt_path={str(self._loading)!r} is a float checkpoint: it initializes, it does not "
+                    "resume. Pass it as QuantCallback(init_from=...) and leave ckpt_path out."
                 )
             add_open_keys(checkpoint["state_dict"], pl_module)
         else:
-            self.scheme = swap_for_checkpoint(
-                pl_module, read_scheme(spec), self.scheme, self.by_name, self.selection
-            )
-            compare_spec(spec, switch_of(pl_module).conversion, pl_module)
+            self.scheme = swap_for_checkpoint(pl_module, read_scheme(spec), self.scheme, self.by_name, self.selection)
+            compare_spec(spec, pl_module)
+            check_shapes(checkpoint["state_dict"], pl_module)
             reset(pl_module)  # what is open or calibrated is what the file says
             if "run" in spec:  # a tuner puts back what it saved before the run began
                 self._restored = spec["run"]
         original(checkpoint)
 
-    def _on_save_checkpoint(
-        self, trainer: Any, pl_module: Any, original: Any, checkpoint: dict[str, Any]
-    ) -> None:
+    def _on_save_checkpoint(self, trainer: Any, pl_module: Any, original: Any, checkpoint: dict[str, Any]) -> None:
         original(checkpoint)
+        self._write(trainer, pl_module, checkpoint)
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint saved when no run is on: the module's own hook is no longer ours."""
+        if KEY not in checkpoint and is_converted(pl_module):
+            self._write(trainer, pl_module, checkpoint)
+
+    def _write(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         spec = write_spec(self.scheme, self.selection, switch_of(pl_module).conversion)
         if "optimizer_states" in checkpoint and self.schedule is not None:
             spec["run"] = {
@@ -202,7 +216,9 @@ class Lifecycle(Callback):
         checks.check_optimizers(trainer)
         share_ignored(pl_module)
         self.rule = rule_of(pl_module, renew=True)
-        if self._restored is not None:
+        if self._restored is None:
+            self._initialize(pl_module)  # a missing file is no matter to a run that resumes
+        else:
             self.schedule = Schedule.from_state(self._restored["schedule"])
             self.metrics = {name: dict(values) for name, values in self._restored["metrics"].items()}
             if self.rule is not None:
@@ -229,8 +245,7 @@ class Lifecycle(Callback):
         elif self._restored["max_epochs"] != self._max_epochs:
             rank_zero_warn(
                 f"resumed with max_epochs={self._max_epochs}, begun with {self._restored['max_epochs']}: "
-                "fractions keep the steps "
-                "that they had."
+                "fractions keep the steps that they had."
             )
         assert self.schedule is not None
         rank_zero_info(f"lightning_lowbit: {self.schedule}")
@@ -339,6 +354,13 @@ class Lifecycle(Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.is_global_zero and not trainer.fast_dev_run and switch_of(pl_module).started:
             print_report(pl_module, self.metrics, self._tally)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.schedule is None:  # the loop left before its first hook
+            raise ConfigError(
+                f"{type(pl_module).__name__}: fit had no training batch, so nothing was calibrated or trained. "
+                "Check that the loader is not empty and that limit_train_batches is not 0."
+            )
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._undo()

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 
 from lightning_lowbit.errors import ConfigError
-from lightning_lowbit.modules.base import Moment
+from lightning_lowbit.modules.moments import Moment, check_moment
 
-__all__ = ["ENDLESS", "RunLength", "check_moment", "resolve"]
+__all__ = ["ENDLESS", "RunLength", "resolve"]
 
 ENDLESS = 10_000
 """Steps that fractions refer to where the run has no known length (max_epochs=-1, iterable data)."""
@@ -24,20 +24,6 @@ class RunLength:
     @property
     def reference(self) -> int:
         return ENDLESS if self.total is None else self.total
-
-
-def check_moment(name: str, moment: Moment | None) -> None:
-    """Refuse what is no moment: a float in (0, 1), an int >= 0, or "N steps"."""
-    if moment is None or (isinstance(moment, int) and not isinstance(moment, bool) and moment >= 0):
-        return
-    if isinstance(moment, float) and (0 <= moment < 1):
-        return
-    if isinstance(moment, str) and moment.removesuffix("steps").removesuffix("step").strip().isdigit():
-        return
-    raise ConfigError(
-        f"{name}={moment!r}: expected a fraction of the run in (0, 1), an epoch as int, steps as '500 "
-        "steps', or 0 for at once."
-    )
 
 
 def resolve(moment: Moment, run: RunLength, begin: int = 0) -> int:

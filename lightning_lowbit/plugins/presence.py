@@ -36,9 +36,7 @@ class Presence:
         self.ran = set()
         switch_of(model).ran = set()
         for parent in {path.rpartition(".")[0] for path in self.expected}:
-            self.handles.append(
-                model.get_submodule(parent).register_forward_pre_hook(_Note(self.ran, parent))
-            )
+            self.handles.append(model.get_submodule(parent).register_forward_pre_hook(_Note(self.ran, parent)))
 
     def check(self, model: nn.Module) -> None:
         if not self.expected or not self.handles:

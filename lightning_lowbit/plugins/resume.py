@@ -89,9 +89,7 @@ class ResumeState:
         epoch, batch = fit_loop.epoch_progress.current, fit_loop.epoch_loop.batch_progress.current
         batches = 0 if epoch.processed == epoch.ready else batch.processed
         if batches and batch.processed < batch.ready:
-            self._say(
-                trainer, "a checkpoint written in the middle of a training batch does not resume bit-equal."
-            )
+            self._say(trainer, "a checkpoint written in the middle of a training batch does not resume bit-equal.")
         elif batches and fit_loop.epoch_loop._should_accumulate():
             self._say(
                 trainer,
@@ -112,8 +110,7 @@ class ResumeState:
                 fit_loop.epoch_loop.val_loop._last_val_dl_reload_epoch,
             ],
             "metrics": {
-                name: torch.as_tensor(value).detach().cpu().clone()
-                for name, value in trainer.callback_metrics.items()
+                name: torch.as_tensor(value).detach().cpu().clone() for name, value in trainer.callback_metrics.items()
             },
         }
 
@@ -121,9 +118,7 @@ class ResumeState:
         """Keep a ``state_dict`` for the next fit, which uses it if it restores Lightning's own loops, too."""
         self._loaded = state
 
-    def _patch(
-        self, trainer: Any, owner: Any, name: str, around: Callable[[Any, Callable[[], None]], None]
-    ) -> None:
+    def _patch(self, trainer: Any, owner: Any, name: str, around: Callable[[Any, Callable[[], None]], None]) -> None:
         original = getattr(owner, name, None)
         if original is None:
             raise InvariantError(
@@ -267,9 +262,7 @@ class ResumeState:
             for order in self._orders:
                 order.silent = True
         elif len(self._orders) != len(resume.own["orders"]):
-            self._say(
-                trainer, "other train loaders than before: the interrupted epoch begins at its first batch."
-            )
+            self._say(trainer, "other train loaders than before: the interrupted epoch begins at its first batch.")
         elif self._orders:
             self._redraw(trainer, resume)
         self._set_rng(trainer, resume)
@@ -292,8 +285,7 @@ class ResumeState:
         if missing:
             self._say(
                 trainer,
-                f"no value of {', '.join(missing)} for the interrupted epoch: a plateau scheduler loses"
-                " a step.",
+                f"no value of {', '.join(missing)} for the interrupted epoch: a plateau scheduler loses a step.",
             )
         return not missing
 

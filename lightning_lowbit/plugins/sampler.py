@@ -174,7 +174,5 @@ def use_ordered_sampler(
     object.__setattr__(twin, "_iterator", None)
     object.__setattr__(twin, "sampler", ordered)
     if batches is not None:
-        object.__setattr__(
-            twin, "batch_sampler", BatchSampler(ordered, batches.batch_size, batches.drop_last)
-        )
+        object.__setattr__(twin, "batch_sampler", BatchSampler(ordered, batches.batch_size, batches.drop_last))
     return twin, None

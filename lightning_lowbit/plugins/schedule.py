@@ -85,9 +85,7 @@ class Schedule:
                 else:
                     raise ConfigError(message)
 
-    def apply(
-        self, model: Any, rule: UpdateRule | None, step: int, suspended: frozenset[str] = frozenset()
-    ) -> None:
+    def apply(self, model: Any, rule: UpdateRule | None, step: int, suspended: frozenset[str] = frozenset()) -> None:
         """Tell all low-bit modules and the rule what is reached at ``step``; idempotent and reversible."""
         for what, when in self.steps.items():
             reached = step >= when and what not in suspended
@@ -115,7 +113,5 @@ class Schedule:
     def __str__(self) -> str:
         run = "of an endless run" if self.run.total is None else f"of {self.run.total}"
         parts = [f"quantization from step {self.begin} {run}"]
-        parts += [
-            f"{what} from {step}" for what, step in sorted(self.steps.items(), key=lambda item: item[1])
-        ]
+        parts += [f"{what} from {step}" for what, step in sorted(self.steps.items(), key=lambda item: item[1])]
         return ", ".join(parts)

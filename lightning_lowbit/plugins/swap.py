@@ -20,7 +20,10 @@ def has_layers(module: nn.Module) -> bool:
 
 
 def swap(module: nn.Module, scheme: Scheme, by_name: bool, selection: Selection) -> Scheme:
-    """Convert ``module`` in place; a converted one is taken as it is, unless layers were built since.
+    """Convert ``module`` in place; a converted one is taken as it is.
+
+    It is converted anew where layers were built since, and, as long as nothing was trained in low bits, where the
+    scheme or the selection is another one.
 
     Args:
         module: the LightningModule.
@@ -32,18 +35,25 @@ def swap(module: nn.Module, scheme: Scheme, by_name: bool, selection: Selection)
     Raises:
         ConfigError: the module is converted with another scheme.
     """
-    if is_converted(module) and _late_layers(module, selection):
-        revert(module)
     if is_converted(module):  # by this callback, an earlier one, or loaded low-bit
-        present = next(m.scheme for _, m in low_bit_modules(module))
-        if present != scheme and not (by_name and present.name == scheme.name):
+        present, switch = next(m.scheme for _, m in low_bit_modules(module)), switch_of(module)
+        trained = switch.started and not switch.provisional
+        if by_name and present.name == scheme.name:
+            scheme = present
+        unwanted = _unwanted_layers(module, selection)
+        if trained and present != scheme:
             raise ConfigError(
-                f"{type(module).__name__} is converted already, with {difference(present, scheme)}. Start "
-                "from the "
+                f"{type(module).__name__} is trained already, with {difference(present, scheme)}. Start from the "
                 "float module, or pass the same scheme."
             )
-        scheme = present
-    else:
+        if trained and unwanted:
+            raise ConfigError(
+                f"{unwanted[0]}: left out by skip= or include=, and this module has it trained in low bits. Pass the "
+                "same skip= and include=, or start from the float module."
+            )
+        if present != scheme or unwanted or _late_layers(module, selection):
+            revert(module)
+    if not is_converted(module):
         convert_module(module, scheme, selection)
     switch_of(module).managed = True
     return scheme
@@ -51,6 +61,11 @@ def swap(module: nn.Module, scheme: Scheme, by_name: bool, selection: Selection)
 
 def _late_layers(module: nn.Module, selection: Selection) -> bool:
     return any(type(m) in COMPUTE and selection.wants(path, m) for path, m in module.named_modules())
+
+
+def _unwanted_layers(module: nn.Module, selection: Selection) -> list[str]:
+    layers = [layer.path for layer in switch_of(module).conversion.layers]
+    return [path for path in layers if not selection.wants(path, module.get_submodule(path))]
 
 
 def swap_for_checkpoint(

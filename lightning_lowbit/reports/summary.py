@@ -83,9 +83,7 @@ def summarize(module: nn.Module, tally: Tally | None = None) -> Report:
     report.lines = _lines(low, report.rows)
     total = len(conversion.layers) + len(conversion.skipped)
     shared = f", {len(report.ties)} shared grid{'s' * (len(report.ties) > 1)}" if report.ties else ""
-    report.notes.append(
-        f"{len(conversion.layers)} of {total} layers low-bit, scheme {low[0][1].scheme.name}{shared}"
-    )
+    report.notes.append(f"{len(conversion.layers)} of {total} layers low-bit, scheme {low[0][1].scheme.name}{shared}")
     report.notes.append(
         "grid: int4·2^-3 = signed 4-bit codes worth 2^-3 each; a layer's is input × weights. saturated: "
         "share of the worst of its tensors. exact: its float sums are proved to be the integer sums"
@@ -164,11 +162,7 @@ def _execution_order(module: nn.Module) -> dict[str, int]:
         path = call.path
         if path is None:
             forward = module.get_submodule(call.owner).__dict__.get("forward")
-            name = (
-                {**forward.instead, **forward.after}.get(call.key)
-                if isinstance(forward, TracedForward)
-                else None
-            )
+            name = {**forward.instead, **forward.after}.get(call.key) if isinstance(forward, TracedForward) else None
             path = None if name is None else f"{call.owner}.{name}".lstrip(".")
         if path is not None:
             order.setdefault(path, len(order))
@@ -198,9 +192,7 @@ def _rows(path: str, owner: nn.Module, tally: Tally | None) -> Iterator[Row]:
     if isinstance(owner, LowBitLayer):
         yield Row(path, "sum", owner.pattern, owner.result_grid(), None, sums_exact(owner))
     elif isinstance(owner, (LowBitAdd, LowBitCat)):
-        yield Row(
-            path, "sum" if isinstance(owner, LowBitAdd) else "concat", owner.pattern, owner.result_grid()
-        )
+        yield Row(path, "sum" if isinstance(owner, LowBitAdd) else "concat", owner.pattern, owner.result_grid())
 
 
 # -- lines: one a layer or operation -------------------------------------------------------------------------
@@ -219,9 +211,7 @@ def _lines(low: Sequence[tuple[str, LowBitModule]], rows: Sequence[Row]) -> list
             grid, tensors = f"{grid} → {_short(result)}".lstrip(), [*tensors, result]
         if not grid:
             continue  # a rectifier or a norm whose result the next layer's line shows
-        bias = (
-            [module.lowbit_bias] if isinstance(module, LowBitLayer) and module.lowbit_bias is not None else []
-        )
+        bias = [module.lowbit_bias] if isinstance(module, LowBitLayer) and module.lowbit_bias is not None else []
         known = [shares[q.site.key] for q in (*tensors, *bias) if shares.get(q.site.key) is not None]
         lines.append(Line(path, module.pattern, grid, max(known, default=None), sums.get(path)))  # type: ignore[type-var]
     return lines
@@ -239,11 +229,7 @@ def _formula(module: LowBitModule, tensors: Sequence[Quantizer]) -> str:
     if isinstance(module, LowBitLayer):
         source = module.lowbit_input if module.lowbit_input is not None else module.input_grid
         product = f"{_short(source)} × {_short(module.lowbit_weight)}"
-        return (
-            product
-            if module.lowbit_accumulator is None
-            else f"{product} = {_short(module.lowbit_accumulator)}"
-        )
+        return product if module.lowbit_accumulator is None else f"{product} = {_short(module.lowbit_accumulator)}"
     if isinstance(module, LowBitAdd):
         return " + ".join(map(_short, tensors))
     return ", ".join(dict.fromkeys(map(_short, tensors)))

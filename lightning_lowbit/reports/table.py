@@ -53,8 +53,7 @@ def cells(lines: Iterable[Line], width: int | None = None) -> list[tuple[str, ..
         if excess > 0:
             limit = max(_SHORTEST[column], _widths(rows)[column] - excess)
             rows = [
-                tuple(_short(c, limit, column == 0) if i == column else c for i, c in enumerate(row))
-                for row in rows
+                tuple(_short(c, limit, column == 0) if i == column else c for i, c in enumerate(row)) for row in rows
             ]
     return rows
 
@@ -84,10 +83,7 @@ def metric_lines(metrics: Mapping[str, Mapping[str, float]]) -> list[str]:
         shown = ["" if v is None else f"{100 * v:.2f} %" if share else _number(v) for v in values]
         longest = max(map(len, shown))
         columns.append([f"{name if value else '':{len(name)}} {value:>{longest}}" for value in shown])
-    return [
-        "  ".join([f"{stage:10}", *(column[i] for column in columns)]).rstrip()
-        for i, stage in enumerate(stages)
-    ]
+    return ["  ".join([f"{stage:10}", *(column[i] for column in columns)]).rstrip() for i, stage in enumerate(stages)]
 
 
 def show(lines: Sequence[Line], notes: Sequence[str], metrics: Mapping[str, Mapping[str, float]]) -> None:
@@ -106,9 +102,7 @@ def show(lines: Sequence[Line], notes: Sequence[str], metrics: Mapping[str, Mapp
         table.add_column(name, no_wrap=True, overflow="ignore")
     widths = _widths(rows)
     for row in rows[1:]:
-        table.add_row(
-            *map(_padded, row, widths, range(len(row))), style="yellow" if row[-1] == "no" else None
-        )
+        table.add_row(*map(_padded, row, widths, range(len(row))), style="yellow" if row[-1] == "no" else None)
     console.print()
     console.print(table)
     for line in ("", *_wrapped(notes, console.width), "", *metric_lines(metrics)):
@@ -124,11 +118,7 @@ def _widths(rows: Sequence[tuple[str, ...]]) -> list[int]:
 
 
 def _padded(cell: str, width: int, column: int) -> str:
-    return (
-        cell.rjust(width)
-        if column == _HEADER.index("saturated") and cell.endswith("%")
-        else cell.ljust(width)
-    )
+    return cell.rjust(width) if column == _HEADER.index("saturated") and cell.endswith("%") else cell.ljust(width)
 
 
 def _short(cell: str, limit: int, keep_end: bool) -> str:
@@ -140,9 +130,7 @@ def _short(cell: str, limit: int, keep_end: bool) -> str:
 def _wrapped(notes: Iterable[str], width: int | None) -> list[str]:
     columns = max(40, _columns() if width is None else width)
     return [
-        line
-        for note in notes
-        for line in textwrap.wrap(note, columns, subsequent_indent="  ", break_long_words=False)
+        line for note in notes for line in textwrap.wrap(note, columns, subsequent_indent="  ", break_long_words=False)
     ]
 
 

@@ -34,7 +34,12 @@ def _built_in() -> dict[str, type[Scheme]]:
     for module in pkgutil.iter_modules(__path__):
         loaded = importlib.import_module(f"{__name__}.{module.name}")
         for value in vars(loaded).values():
-            if isinstance(value, type) and issubclass(value, Scheme) and value.name and value.__module__ == loaded.__name__:
+            if (
+                isinstance(value, type)
+                and issubclass(value, Scheme)
+                and value.name
+                and value.__module__ == loaded.__name__
+            ):
                 found[value.name] = value
     return found
 
@@ -69,9 +74,11 @@ def resolve(scheme: Scheme | str, **options: Any) -> Scheme:
     if isinstance(scheme, type) and issubclass(scheme, Scheme):
         return resolve(scheme.name, **options)
     if not isinstance(scheme, Scheme):
-        raise ConfigError(f"scheme: got {scheme!r}, expected a name such as 'tqt' or a Scheme instance.{nearest('', registry())}")
+        raise ConfigError(
+            f"scheme: got {scheme!r}, expected a name such as 'tqt' or a Scheme instance.{nearest('', registry())}"
+        )
     _check_options(type(scheme), options)
-    return dataclasses.replace(scheme, **options) if options else scheme  # type: ignore[type-var]  # schemes are dataclasses
+    return scheme.replace(**options) if options else scheme
 
 
 def convert(
@@ -98,7 +105,7 @@ def convert(
     """
     from lightning_lowbit.modules.calibrate import calibrate
 
-    result = convert_module(module, resolve(scheme, **options), Selection(skip, include))
+    result = convert_module(module, resolve(scheme, **options), Selection.of(skip, include))
     if example_input is not None:
         arguments = example_input if isinstance(example_input, tuple) else (example_input,)
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_lowbit.errors import ConfigError, nearest
 from lightning_lowbit.modules.base import Milestone, Moment, Scheme, Site, UpdateRule
+from lightning_lowbit.modules.moments import check_moment
 from lightning_lowbit.modules.quantizer import Quantizer
 from lightning_lowbit.modules.thresholds import (
     AccumulatorQuantizer,
@@ -30,7 +31,7 @@ class Tqt(Scheme):
     """Uniform quantizers without zero point; scales are powers of two, clipping thresholds are trained.
 
     Args:
-        bits: shorthand that sets weight_bits and act_bits.
+        bits: what weight_bits and act_bits are if they are not given; 8 by itself.
         weight_bits: bits of weights, signed (2 to 16).
         act_bits: bits of what layers read (unsigned behind a rectifier).
         input_bits: bits of the network's input, signed.
@@ -65,8 +66,8 @@ class Tqt(Scheme):
     name: ClassVar[str] = "tqt"
 
     bits: int | None = None
-    weight_bits: int = 8
-    act_bits: int = 8
+    weight_bits: int | None = None
+    act_bits: int | None = None
     input_bits: int = 8
     operand_bits: int = 8
     first_last_weight_bits: int = 8
@@ -93,30 +94,53 @@ class Tqt(Scheme):
     overrides: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.bits is not None:
-            object.__setattr__(self, "weight_bits", self.bits)
-            object.__setattr__(self, "act_bits", self.bits)
-            object.__setattr__(self, "bits", None)  # spent: replace(scheme, act_bits=8) must not be undone by it
+        base = 8 if self.bits is None else self.bits
+        for option in ("weight_bits", "act_bits"):
+            if getattr(self, option) is None:
+                object.__setattr__(self, option, base)
+        object.__setattr__(self, "bits", None)  # spent: two ways to say the same are equal
         for option in (*_OVERRIDABLE, "first_last_weight_bits", "bias_bits"):
             value = getattr(self, option)
             if value is not None:
                 _check_bits(option, value)
+        for option in ("warmup", "freeze_batch_norm", "freeze_thresholds", "freeze_thresholds_end"):
+            check_moment(f"Tqt: {option}", getattr(self, option))
         for pattern, options in self.overrides.items():
             for option, value in options.items():
                 if option not in _OVERRIDABLE:
-                    raise ConfigError(f"Tqt(overrides={{{pattern!r}: ...}}): no option {option!r}.{nearest(option, _OVERRIDABLE)}")
+                    raise ConfigError(
+                        f"Tqt(overrides={{{pattern!r}: ...}}): no option {option!r}.{nearest(option, _OVERRIDABLE)}"
+                    )
                 _check_bits(f"overrides[{pattern!r}].{option}", value)
-        for option in ("mode", "weight_init", "act_init", "act_round", "bias", "threshold_optimizer", "threshold_schedule"):
+        for option in (
+            "mode",
+            "weight_init",
+            "act_init",
+            "act_round",
+            "bias",
+            "threshold_optimizer",
+            "threshold_schedule",
+        ):
             _check_choice(type(self), option, getattr(self, option))
+
+    def replace(self, **options: Any) -> Tqt:
+        if "bits" in options:  # says anew what was settled when this one was made
+            options = {"weight_bits": None, "act_bits": None, **options}
+        return super().replace(**options)
 
     @classmethod
     def paper(cls, batch_size: int, **options: Any) -> Tqt:
         """The published recipe (section 7): absolute steps scaled by 24 / batch_size."""
         scale = 24 / batch_size
         settings: dict[str, Any] = {
-            "weight_init": "3sd", "act_init": "klj", "acc_bits": 16, "threshold_schedule": "staircase",
-            "lr_step": max(1, round(1000 * scale)), "freeze_thresholds": f"{round(1000 * scale)} steps", "freeze_batch_norm": 1,
-        }  # fmt: skip
+            "weight_init": "3sd",
+            "act_init": "klj",
+            "acc_bits": 16,
+            "threshold_schedule": "staircase",
+            "lr_step": max(1, round(1000 * scale)),
+            "freeze_thresholds": f"{round(1000 * scale)} steps",
+            "freeze_batch_norm": 1,
+        }
         return cls(**{**settings, **options})
 
     # -- the seam ----------------------------------------------------------------------------------------------
@@ -126,7 +150,9 @@ class Tqt(Scheme):
             bits = self._bits(site, "weight_bits")
             if site.first or site.last:
                 bits = max(bits, self.first_last_weight_bits)
-            return ThresholdQuantizer(site, bits, self.weight_init, self.percentile, Rounding.HALF_EVEN, train, self.narrow)
+            return ThresholdQuantizer(
+                site, bits, self.weight_init, self.percentile, Rounding.HALF_EVEN, train, self.narrow
+            )
         if site.role == "bias":
             if self.bias == "float":
                 return None
@@ -134,7 +160,11 @@ class Tqt(Scheme):
             return BiasQuantizer(site, self.bias_bits if own else (self.acc_bits or 32), own, train)
         if site.role == "accumulator":
             acc_bits = self.acc_bits if self.acc_bits is None else self._bits(site, "acc_bits")
-            return None if acc_bits is None else AccumulatorQuantizer(site, acc_bits, self.act_init, self.percentile, rounding, train)
+            return (
+                None
+                if acc_bits is None
+                else AccumulatorQuantizer(site, acc_bits, self.act_init, self.percentile, rounding, train)
+            )
         if site.role in ("input", "output", "operand"):
             bits = self._activation_bits(site)
             if site.role == "input" and site.source is not None and bits >= self._source_bits(site):
@@ -167,8 +197,8 @@ class Tqt(Scheme):
         )
 
     def activation_bits(self) -> int:
-        bits = [self.act_bits, self.input_bits, self.operand_bits, self.weight_bits, self.first_last_weight_bits, self.acc_bits or 0]
-        return max(bits)
+        options = ("act_bits", "input_bits", "operand_bits", "weight_bits", "first_last_weight_bits", "acc_bits")
+        return max(getattr(self, option) or 0 for option in options)
 
     # -- bits --------------------------------------------------------------------------------------------------
     def _bits(self, site: Site, option: str) -> int:
@@ -185,12 +215,14 @@ class Tqt(Scheme):
         return self._bits(site, "act_bits")
 
     def _source_bits(self, site: Site) -> int:
-        return self.operand_bits if site.source == "operand" else self.act_bits
+        return int(getattr(self, "operand_bits" if site.source == "operand" else "act_bits"))
 
 
 def _check_bits(option: str, value: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not 2 <= value <= 16:
-        raise ConfigError(f"Tqt({option}={value!r}): expected an integer from 2 to 16 (one signed bit leaves only -1 and 0).")
+        raise ConfigError(
+            f"Tqt({option}={value!r}): expected an integer from 2 to 16 (one signed bit leaves only -1 and 0)."
+        )
 
 
 def _check_choice(cls: type[Any], option: str, value: Any) -> None:
@@ -198,6 +230,6 @@ def _check_choice(cls: type[Any], option: str, value: Any) -> None:
 
     allowed = get_args(get_type_hints(cls)[option])
     if value not in allowed:
-        raise ConfigError(f"Tqt({option}={value!r}): not one of {', '.join(map(repr, allowed))}.{nearest(str(value), allowed)}")
-
-
+        raise ConfigError(
+            f"Tqt({option}={value!r}): not one of {', '.join(map(repr, allowed))}.{nearest(str(value), allowed)}"
+        )

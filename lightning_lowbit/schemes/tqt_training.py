@@ -84,9 +84,7 @@ def staircase(step: int, base_lr: float, every: float, factor: float) -> float:
     return base_lr * math.pow(factor, step // every)
 
 
-def next_to_freeze(
-    current_log2_t: Tensor, ema_log2_t: Tensor, abs_grad: Tensor, frozen: Tensor
-) -> int | None:
+def next_to_freeze(current_log2_t: Tensor, ema_log2_t: Tensor, abs_grad: Tensor, frozen: Tensor) -> int | None:
     """The threshold to freeze next, or None: the calmest of those that are in the bin where they mostly are.
 
     Near a power of two a threshold swings between two exponents. It is frozen only while ceil(log2_t) equals
@@ -245,6 +243,8 @@ class ThresholdRule(UpdateRule):
         for key, quantizer in self.thresholds.items():
             kept = state["optimizer"].get(key)
             if kept:
-                self.optimizer.state[quantizer.log2_t] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in kept.items()}
+                self.optimizer.state[quantizer.log2_t] = {
+                    k: v.clone() if isinstance(v, Tensor) else v for k, v in kept.items()
+                }
         self.average, self.abs_grad = state["average"].clone(), state["abs_grad"].clone()
         self.count, self.begun = state["count"].clone(), state["begun"]

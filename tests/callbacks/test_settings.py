@@ -23,9 +23,7 @@ def history(folder: Path, *callbacks: Any, **options: Any) -> tuple[list[bool], 
     def on_train_batch_end(*args: Any) -> None:
         found[0].append(quantized(net))
         found[1].append(net.body.conv1.norm_frozen)
-        found[2].append(
-            sum(bool(q.frozen) for _, q in quantizers(net) if getattr(q, "log2_t", None) is not None)
-        )
+        found[2].append(sum(bool(q.frozen) for _, q in quantizers(net) if getattr(q, "log2_t", None) is not None))
 
     net.on_train_batch_end = on_train_batch_end
     trainer(folder, *callbacks, **options).fit(net, loader(), loader())
@@ -99,6 +97,4 @@ def test_a_setting_without_a_quant_callback_is_refused(tmp_path: Path, setting: 
 @pytest.mark.filterwarnings(r"ignore:.*would never act")
 def test_short_runs_on_purpose_warn_and_go_on(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="means step 500, this run ends after"):
-        trainer(tmp_path, QuantCallback(start="500 steps"), fast_dev_run=2).fit(
-            seeded_net(), loader(), loader()
-        )
+        trainer(tmp_path, QuantCallback(start="500 steps"), fast_dev_run=2).fit(seeded_net(), loader(), loader())

@@ -141,15 +141,11 @@ def test_kinds(target: Any, args: Any, kwargs: Any, kind: Kind) -> None:
 def test_calls_in_place() -> None:
     import operator
 
-    assert all(
-        in_place(target, {}) for target in (F.relu_, torch.relu_, "add_", operator.iadd, nn.ReLU(True))
-    )
+    assert all(in_place(target, {}) for target in (F.relu_, torch.relu_, "add_", operator.iadd, nn.ReLU(True)))
     assert in_place(F.relu, {"inplace": True})
     assert not any(in_place(target, {}) for target in (F.relu, "__add__", operator.add, nn.ReLU(), "relu"))
 
 
 def test_containers_and_leaves() -> None:
     assert is_leaf(nn.MultiheadAttention(2, 1))
-    assert not any(
-        is_leaf(m) for m in (nn.Sequential(), DenseBlock(1, 2, 2), nn.TransformerEncoderLayer(2, 1, 2))
-    )
+    assert not any(is_leaf(m) for m in (nn.Sequential(), DenseBlock(1, 2, 2), nn.TransformerEncoderLayer(2, 1, 2)))

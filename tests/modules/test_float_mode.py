@@ -26,9 +26,7 @@ def run(net: nn.Module, x: Tensor, train: bool) -> dict[str, Tensor]:
     outputs = tensors(net(x))
     sum((output * (index + 1)).square().sum() for index, output in enumerate(outputs)).backward()
     found = {f"output {i}": output.detach() for i, output in enumerate(outputs)} | {"input": x.grad}
-    found |= {
-        f"grad {n}": p.grad for n, p in net.named_parameters() if p.grad is not None and "lowbit" not in n
-    }
+    found |= {f"grad {n}": p.grad for n, p in net.named_parameters() if p.grad is not None and "lowbit" not in n}
     return found | {f"buffer {n}": b.clone() for n, b in net.named_buffers() if "lowbit" not in n}
 
 
@@ -66,9 +64,7 @@ def test_names_objects_and_the_way_back(name: str) -> None:
     assert [key for key in net.state_dict() if "lowbit" not in key] == keys
     revert(net)
     assert list(net.state_dict()) == keys
-    assert {path: type(m) for path, m in net.named_modules()} == {
-        p: type(m) for p, m in plain.named_modules()
-    }
+    assert {path: type(m) for path, m in net.named_modules()} == {p: type(m) for p, m in plain.named_modules()}
     assert all(children[path] is module for path, module in net.named_modules())
     for (path, module), original in zip(net.named_modules(), plain.modules(), strict=True):
         assert vars(module).keys() == vars(original).keys(), path

@@ -35,9 +35,7 @@ def converted(net: nn.Module) -> list[str]:
 class Branching(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1)
-        )
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1))
         self.act, self.pool, self.last = nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(4, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -175,9 +173,7 @@ def test_a_call_that_leaves_the_plan_is_refused_by_line() -> None:
     convert(net, "tqt", x)
     net(x)
     line = Shifted.forward.__code__.co_firstlineno + 4
-    message = (
-        rf"^Shifted: with these .* training, its forward makes other calls .*\(add in test_flow.py:{line}"
-    )
+    message = rf"^Shifted: with these .* training, its forward makes other calls .*\(add in test_flow.py:{line}"
     with pytest.raises(UnsupportedModelError, match=message):
         net(x, shift=x)
 

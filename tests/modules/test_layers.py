@@ -69,9 +69,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         if tensor is None:
             assert found[name] is None, name
         else:
-            torch.testing.assert_close(
-                found[name], tensor, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
-            )
+            torch.testing.assert_close(found[name], tensor, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
@@ -135,9 +133,7 @@ def test_unbatched_input_is_refused_where_the_norm_refuses_it() -> None:
 
 def test_unbatched_input() -> None:
     torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(-3), nn.Linear(4, 2)
-    )
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(-3), nn.Linear(4, 2))
     x = torch.randn(2, 3, 6, 6)
     convert(net, "tqt", x)
     net.eval()

@@ -99,9 +99,7 @@ def test_exact_division(name: str, rounding: str) -> None:
         y = net(x)
         codes = (net.act(net.conv(x)) / pow2(source.exponent())).long()
     sums, counts = windows(make(), codes)
-    shift = int(
-        source.exponent() - target.exponent()
-    )  # f: fraction bits of the output minus those of the input
+    shift = int(source.exponent() - target.exponent())  # f: fraction bits of the output minus those of the input
     numerator, denominator = (sums << max(shift, 0)), counts * 2 ** max(-shift, 0)
     expected = divide_rounded(numerator, denominator, rounding).clamp(0, target.grid().qmax)
     assert torch.equal((y / pow2(target.exponent())).long(), expected)
@@ -129,7 +127,5 @@ def test_pools_of_all_dimensions(dims: int) -> None:
         args = (3, 2, padding, ceil_mode, include)
         torch.testing.assert_close(pool(kind, x, *args), fixed(x, *args), rtol=1e-12, atol=1e-12)
     for size in (1, 2, 3, 4, 5):
-        torch.testing.assert_close(
-            pool(kind_of(adaptive), x, size), adaptive(x, size), rtol=1e-12, atol=1e-12
-        )
+        torch.testing.assert_close(pool(kind_of(adaptive), x, size), adaptive(x, size), rtol=1e-12, atol=1e-12)
     assert torch.equal(pool(kind, x[0], kernel_size=2), pool(kind, x, kernel_size=2)[0])  # unbatched

@@ -27,9 +27,7 @@ class OptionA(nn.Module):
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         if self.grow:
-            x = F.pad(
-                x[:, :, ::2, ::2], (0, 0, 0, 0, self.grow // 2, self.grow - self.grow // 2), "constant", 0
-            )
+            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.grow // 2, self.grow - self.grow // 2), "constant", 0)
         out += x
         return F.relu(out)
 

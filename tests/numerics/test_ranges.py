@@ -175,9 +175,7 @@ def test_thinning_keeps_its_bound_and_prefers_no_position(shape: tuple[int, ...]
 def test_histogram_search_agrees_with_the_data_itself(name: str, bits: int) -> None:
     x = samples()[name]
     signed = bool((x < 0).any())
-    qmin, qmax, point = (
-        (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1, bits - 1) if signed else (0, 2**bits - 1, bits)
-    )
+    qmin, qmax, point = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1, bits - 1) if signed else (0, 2**bits - 1, bits)
     site = two_passes([x], signed)
     candidates = exponent_candidates(site.abs_max)
     exact = mse_by_exponent(x, candidates, qmin, qmax, point)
@@ -232,9 +230,7 @@ def klj_reference(counts: list[float], bits: int, n: int) -> dict[int, float]:
         clipped = [p if j < i - 1 else 1.0 for j, p in enumerate(cdf)]
         coarse = [read(clipped[:i], j * (i - 1) / (n - 1)) for j in range(n)]
         q = [read(coarse, min(j * (n - 1) / (i - 1), n - 1)) for j in range(i)] + clipped[i:]
-        result[i] = sum(
-            (p - q_j) * math.log2(p / q_j) for p, q_j in zip(cdf, q, strict=True) if p > 0 and q_j > 0
-        )
+        result[i] = sum((p - q_j) * math.log2(p / q_j) for p, q_j in zip(cdf, q, strict=True) if p > 0 and q_j > 0)
     return result
 
 

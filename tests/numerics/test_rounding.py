@@ -74,16 +74,12 @@ def test_shift_right_never_overflows_an_int32(acc: int, shift: int, rounding: Ro
 
 @given(acc=st.integers(-(2**61) + 1, 2**61 - 1), shift=st.integers(0, 70), rounding=st.sampled_from(Rounding))
 def test_shift_right_of_int64_inside_its_bound(acc: int, shift: int, rounding: Rounding) -> None:
-    assert shift_right_rounded(torch.tensor(acc), shift, rounding).item() == exact(
-        Fraction(acc, 2**shift), rounding
-    )
+    assert shift_right_rounded(torch.tensor(acc), shift, rounding).item() == exact(Fraction(acc, 2**shift), rounding)
 
 
 @given(acc=st.integers(-(2**20), 2**20), shift=st.integers(0, 10), rounding=st.sampled_from(Rounding))
 def test_negative_shift_multiplies(acc: int, shift: int, rounding: Rounding) -> None:
-    assert (
-        shift_right_rounded(torch.tensor(acc, dtype=torch.int32), -shift, rounding).item() == acc * 2**shift
-    )
+    assert shift_right_rounded(torch.tensor(acc, dtype=torch.int32), -shift, rounding).item() == acc * 2**shift
 
 
 def test_shift_per_channel_broadcasts() -> None:

@@ -72,9 +72,7 @@ def test_fast_form_equals_the_formula(grid: str, log2_t: float, rectify: bool) -
     st.sampled_from(sorted(GRIDS)),
     st.booleans(),
 )
-def test_fast_form_equals_the_formula_on_any_float(
-    values: list[float], t: int, grid: str, rectify: bool
-) -> None:
+def test_fast_form_equals_the_formula_on_any_float(values: list[float], t: int, grid: str, rectify: bool) -> None:
     # A value below 2^-100 over a step of 2^32 underflows in x / s, which the fast form never computes.
     x = torch.tensor([0.0 if abs(v) < 2.0**-100 else v for v in values])
     g = torch.linspace(0.5, 2.0, len(values))
@@ -115,14 +113,10 @@ def test_values_that_are_not_finite_leave_the_threshold_gradient_alone(fn, bad: 
     x = torch.randn(2500, generator=torch.Generator().manual_seed(5))
     g = torch.ones(2500)
     clean = torch.where(torch.arange(2500) == 1700, 0.0, x)  # exactly on the grid: adds 0 as well
-    y, dx, dt = grads(
-        fn, torch.where(torch.arange(2500) == 1700, bad, x), torch.tensor([0.0]), g, **GRIDS["s8"]
-    )
+    y, dx, dt = grads(fn, torch.where(torch.arange(2500) == 1700, bad, x), torch.tensor([0.0]), g, **GRIDS["s8"])
     torch.testing.assert_close(dt, grads(fn, clean, torch.tensor([0.0]), g, **GRIDS["s8"])[2])
     assert dx[1700] == 0
-    assert (
-        y[1700].isnan() if math.isnan(bad) else y[1700] == math.copysign(1.0, bad) * (127 + (bad < 0)) / 128
-    )
+    assert y[1700].isnan() if math.isnan(bad) else y[1700] == math.copysign(1.0, bad) * (127 + (bad < 0)) / 128
 
 
 @pytest.mark.parametrize("fn", [threshold_quantize, threshold_quantize_reference])
@@ -141,9 +135,7 @@ def test_without_a_trained_threshold(rectify: bool) -> None:
     g = torch.ones(2500)
     threshold_quantize(x, log2_t, **GRIDS["s8"], rectify=rectify).backward(g)
     assert log2_t.grad is None
-    assert torch.equal(
-        x.grad, grads(threshold_quantize_reference, x, log2_t, g, **GRIDS["s8"], rectify=rectify)[1]
-    )
+    assert torch.equal(x.grad, grads(threshold_quantize_reference, x, log2_t, g, **GRIDS["s8"], rectify=rectify)[1])
 
 
 @pytest.mark.parametrize("fn", [threshold_quantize, threshold_quantize_reference])

@@ -69,9 +69,7 @@ def test_a_checkpoint_serves_test_best_and_a_fresh_trainer(
 def test_predict_in_a_fresh_process_equals(tmp_path: Path) -> None:
     net = seeded_net()
     trainer(tmp_path, QuantCallback(start=0), saver(tmp_path)).fit(net, loader(), loader())
-    expected = torch.cat(
-        trainer(tmp_path, QuantCallback()).predict(net, loader(), ckpt_path=tmp_path / "best.ckpt")
-    )
+    expected = torch.cat(trainer(tmp_path, QuantCallback()).predict(net, loader(), ckpt_path=tmp_path / "best.ckpt"))
     script = f"""
         import sys, warnings
         warnings.simplefilter("ignore")
@@ -86,18 +84,14 @@ def test_predict_in_a_fresh_process_equals(tmp_path: Path) -> None:
         out = run.predict(seeded_net(seed=3), loader(), ckpt_path=folder / "best.ckpt")
         torch.save(torch.cat(out), folder / "out.pt")
     """
-    subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], check=True, timeout=120, capture_output=True
-    )
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, timeout=120, capture_output=True)
     assert torch.equal(torch.load(tmp_path / "out.pt", weights_only=True), expected)
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES)
 @pytest.mark.parametrize("weights_only", [False, True], ids=["whole", "save_weights_only"])
 @pytest.mark.parametrize("built", ["init", "configure_model"])
-def test_load_from_checkpoint_needs_no_callback(
-    tmp_path: Path, namespace: str, weights_only: bool, built: str
-) -> None:
+def test_load_from_checkpoint_needs_no_callback(tmp_path: Path, namespace: str, weights_only: bool, built: str) -> None:
     net = seeded_net(namespace, built)
     trainer(
         tmp_path,
@@ -113,9 +107,7 @@ def test_load_from_checkpoint_needs_no_callback(
     assert_equal_states(states(loaded), states(net))
     plain_class = net_class(namespace, built)
     trainer(tmp_path, namespace=namespace, max_epochs=1).fit(plain := plain_class(), loader())
-    torch.save(
-        {"state_dict": plain.state_dict(), "pytorch-lightning_version": "2.6.6"}, tmp_path / "plain.ckpt"
-    )
+    torch.save({"state_dict": plain.state_dict(), "pytorch-lightning_version": "2.6.6"}, tmp_path / "plain.ckpt")
     assert loaded.training == plain_class.load_from_checkpoint(tmp_path / "plain.ckpt").training
     net.eval()
     loaded.eval()
@@ -126,18 +118,14 @@ def test_load_from_checkpoint_needs_no_callback(
 def test_everything_in_the_file_loads_with_weights_only(tmp_path: Path) -> None:
     net = seeded_net()
     scheme = Tqt(bits=4, overrides={"body.fc": {"weight_bits": 8}})
-    trainer(tmp_path, QuantCallback(scheme, start=0, skip=[nn.Linear]), saver(tmp_path)).fit(
-        net, loader(), loader()
-    )
+    trainer(tmp_path, QuantCallback(scheme, start=0, skip=[nn.Linear]), saver(tmp_path)).fit(net, loader(), loader())
     file = torch.load(tmp_path / "best.ckpt", weights_only=True)
     assert file[KEY]["scheme"] == "tqt"
     assert file[KEY]["options"]["weight_bits"] == 4
     assert file[KEY]["layers"] == ["body.conv1", "body.conv2"]
     assert all("lowbit" in key for key in set(file["state_dict"]) - set(seeded_net().state_dict()))
     resumed = trainer(tmp_path, QuantCallback(scheme, start=0, skip=[nn.Linear]), max_epochs=2)
-    resumed.fit(
-        seeded_net(), loader(), loader(), ckpt_path=tmp_path / "best.ckpt"
-    )  # torch.load(weights_only=True)
+    resumed.fit(seeded_net(), loader(), loader(), ckpt_path=tmp_path / "best.ckpt")  # torch.load(weights_only=True)
 
 
 def test_a_missing_low_bit_key_is_an_error(tmp_path: Path) -> None:
@@ -162,30 +150,22 @@ def test_other_layers_than_in_the_file_are_refused_by_path(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("call", ["validate", "test", "predict"])
 @pytest.mark.parametrize("source", ["own batches", "Calibrate"])
-def test_a_float_checkpoint_is_completed_and_calibrated_for_evaluation(
-    tmp_path: Path, call: str, source: str
-) -> None:
+def test_a_float_checkpoint_is_completed_and_calibrated_for_evaluation(tmp_path: Path, call: str, source: str) -> None:
     plain = seeded_net()
     run = trainer(tmp_path, saver(tmp_path))
     run.fit(plain, loader(), loader())
     fresh = seeded_net(seed=4)
     before = torch.load(tmp_path / "best.ckpt", weights_only=True)["state_dict"]
     neighbors = [Calibrate(loader(seed=3), batches=2)] if source == "Calibrate" else []
-    getattr(trainer(tmp_path, QuantCallback(), *neighbors), call)(
-        fresh, loader(), ckpt_path=tmp_path / "best.ckpt"
-    )
+    getattr(trainer(tmp_path, QuantCallback(), *neighbors), call)(fresh, loader(), ckpt_path=tmp_path / "best.ckpt")
     assert quantized(fresh)
     assert_equal_states(float_state_dict(fresh), before)
 
 
 def test_a_float_checkpoint_does_not_resume(tmp_path: Path) -> None:
     trainer(tmp_path, saver(tmp_path)).fit(seeded_net(), loader(), loader())
-    with pytest.raises(
-        ConfigError, match=r"is a float checkpoint: it initializes, it does not resume.*init_from="
-    ):
-        trainer(tmp_path, QuantCallback()).fit(
-            seeded_net(), loader(), loader(), ckpt_path=tmp_path / "best.ckpt"
-        )
+    with pytest.raises(ConfigError, match=r"is a float checkpoint: it initializes, it does not resume.*init_from="):
+        trainer(tmp_path, QuantCallback()).fit(seeded_net(), loader(), loader(), ckpt_path=tmp_path / "best.ckpt")
 
 
 def test_load_from_checkpoint_of_a_float_file_is_the_float_module(tmp_path: Path) -> None:
@@ -235,9 +215,7 @@ def test_init_from_starts_at_once_from_the_weights(tmp_path: Path, built: str) -
         )
 
     net.on_train_batch_start = on_train_batch_start
-    trainer(tmp_path, QuantCallback(init_from=str(tmp_path / "float.pt")), max_epochs=1).fit(
-        net, loader(), loader()
-    )
+    trainer(tmp_path, QuantCallback(init_from=str(tmp_path / "float.pt")), max_epochs=1).fit(net, loader(), loader())
     assert first["quantized"]
     assert_equal_states(first["body"], torch.load(tmp_path / "float.pt", weights_only=True))
 

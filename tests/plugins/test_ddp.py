@@ -68,11 +68,7 @@ def test_the_warm_up_is_the_float_run_bit_for_bit(ranks: dict[str, Any]) -> None
 
 
 def test_thresholds_train_on_the_gradients_of_both_ranks(ranks: dict[str, Any]) -> None:
-    moved = [
-        key
-        for key, value in ranks["scratch"][0]["state"].items()
-        if key.endswith("log2_t") and value % 0.5 != 0
-    ]
+    moved = [key for key, value in ranks["scratch"][0]["state"].items() if key.endswith("log2_t") and value % 0.5 != 0]
     assert len(moved) >= 4  # calibration puts them at half integers
 
 

@@ -85,9 +85,7 @@ def test_validate_before_fit_calibrates_and_fit_from_scratch_begins_float(
 @pytest.mark.parametrize("namespace", NAMESPACES)
 def test_two_callbacks_are_refused(tmp_path: Path, namespace: str) -> None:
     with pytest.raises(ConfigError, match="2 QuantCallbacks, expected one"):
-        trainer(tmp_path, QuantCallback(), QuantCallback(), namespace=namespace).fit(
-            seeded_net(namespace), loader()
-        )
+        trainer(tmp_path, QuantCallback(), QuantCallback(), namespace=namespace).fit(seeded_net(namespace), loader())
 
 
 @pytest.mark.parametrize("same", [True, False], ids=["same callback", "new callback"])
@@ -106,9 +104,7 @@ def test_second_fit_on_the_same_module_goes_on_where_the_first_ended(tmp_path: P
         {k: v for k, v in began.items() if "frozen" not in k},
         {k: v for k, v in before.items() if "frozen" not in k},
     )
-    assert all(
-        float(value) == 0 for key, value in began.items() if "frozen" in key
-    )  # its milestones are this run's
+    assert all(float(value) == 0 for key, value in began.items() if "frozen" in key)  # its milestones are this run's
     assert set(second.metrics) == {"trained"}
 
 
@@ -204,11 +200,7 @@ def test_ties_survive_copies(tmp_path: Path) -> None:
         ]
         assert shared
         for _, quantizer in quantizers(twin):
-            assert all(
-                member.log2_t is quantizer.log2_t
-                for member in quantizer.group
-                if hasattr(member, "same_grid")
-            )
+            assert all(member.log2_t is quantizer.log2_t for member in quantizer.group if hasattr(member, "same_grid"))
             assert any(member is quantizer for member in quantizer.group)
 
 
@@ -234,9 +226,7 @@ def test_a_user_optimizer_step_is_called_and_thresholds_step_beside_it(tmp_path:
     class Own(net_class()):  # type: ignore[misc]  # the class is made at run time
         calls = 0
 
-        def optimizer_step(
-            self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
-        ) -> None:
+        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
             type(self).calls += 1
             optimizer.step(closure=optimizer_closure)
 
@@ -257,9 +247,9 @@ def test_compile_trains_the_same_network(tmp_path: Path) -> None:
     for compiled in (False, True):
         net = seeded_net()
         net.body.dropout.p = 0.0  # inductor draws other masks
-        trainer(
-            tmp_path, QuantCallback(Tqt(freeze_batch_norm=0), start=0, compile=compiled), max_epochs=1
-        ).fit(net, loader(samples=16))
+        trainer(tmp_path, QuantCallback(Tqt(freeze_batch_norm=0), start=0, compile=compiled), max_epochs=1).fit(
+            net, loader(samples=16)
+        )
         results.append(net.losses)
     assert results[1] == pytest.approx(results[0], abs=1e-4)
     assert is_converted(net)

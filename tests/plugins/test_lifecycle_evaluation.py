@@ -161,9 +161,7 @@ def test_calibration_in_mid_epoch_leaves_persistent_workers_alone(tmp_path: Path
     for callbacks in ([], [QuantCallback(start="2 steps")]):
         net = seeded_net()
         recorder = Recorder(net)
-        data = DataLoader(
-            loader().dataset, 8, shuffle=True, num_workers=workers, persistent_workers=workers > 0
-        )
+        data = DataLoader(loader().dataset, 8, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
         torch.manual_seed(1)
         trainer(tmp_path, *callbacks).fit(net, data)
         batches.append(recorder.batches)
@@ -190,9 +188,7 @@ class _FusedBody(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(self.a(x.flatten(1)))
-        logits: Tensor = (
-            self.b(x) if _calls_its_layers(self) else nn.functional.linear(x, self.b.weight, self.b.bias)
-        )
+        logits: Tensor = self.b(x) if _calls_its_layers(self) else nn.functional.linear(x, self.b.weight, self.b.bias)
         return logits
 
 
@@ -201,9 +197,7 @@ def _calls_its_layers(module: nn.Module) -> bool:
 
 
 def test_a_layer_that_runs_in_calibration_and_not_in_evaluation_is_refused_by_path(tmp_path: Path) -> None:
-    with pytest.raises(
-        UnsupportedModelError, match=r"body\.b: converted and calibrated, but .*skip=\['body\.b'\]"
-    ):
+    with pytest.raises(UnsupportedModelError, match=r"body\.b: converted and calibrated, but .*skip=\['body\.b'\]"):
         trainer(tmp_path, QuantCallback(start=0)).fit(Fused(), loader(), loader())
     accepted = trainer(tmp_path, QuantCallback(start=0, skip=["body.b"]))
     accepted.fit(Fused(), loader(), loader())

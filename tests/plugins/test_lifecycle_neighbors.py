@@ -26,9 +26,7 @@ from lightning_lowbit.modules.convert import quantizers
 
 pytestmark = [
     *QUIET,
-    pytest.mark.filterwarnings(
-        "ignore:You're using the WeightAveraging callback with a model that overrides"
-    ),
+    pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides"),
     pytest.mark.filterwarnings("ignore:Swapping scheduler"),
     pytest.mark.filterwarnings("ignore:.*would never act"),
 ]
@@ -40,9 +38,7 @@ def callbacks_of(namespace: str) -> Any:
 
 @pytest.mark.parametrize("namespace", NAMESPACES)
 @pytest.mark.parametrize("built", ["init", "configure_model"])
-def test_ema_behind_us_averages_grids_and_evaluates_low_bit(
-    tmp_path: Path, namespace: str, built: str
-) -> None:
+def test_ema_behind_us_averages_grids_and_evaluates_low_bit(tmp_path: Path, namespace: str, built: str) -> None:
     net = seeded_net(namespace, built)
     pl = callbacks_of(namespace)
     ema = pl.EMAWeightAveraging(decay=0.9)
@@ -120,9 +116,7 @@ def test_neighbors_before_us_are_refused(tmp_path: Path, name: str, namespace: s
 
 @pytest.mark.parametrize("namespace", NAMESPACES)
 @pytest.mark.parametrize("first", [True, False], ids=["finder first", "finder behind"])
-def test_learning_rate_finder_leaves_the_fit_as_if_it_had_not_run(
-    tmp_path: Path, namespace: str, first: bool
-) -> None:
+def test_learning_rate_finder_leaves_the_fit_as_if_it_had_not_run(tmp_path: Path, namespace: str, first: bool) -> None:
     def fit(finder: bool) -> Any:
         net, started = seeded_net(namespace), []
         net.on_train_batch_end = lambda *args: started.append(quantized(net))
@@ -168,9 +162,7 @@ def test_batch_size_finder(tmp_path: Path, namespace: str) -> None:
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES)
-@pytest.mark.parametrize(
-    "options", [{"fast_dev_run": True}, {"overfit_batches": 1}, {"overfit_batches": 0.5}], ids=str
-)
+@pytest.mark.parametrize("options", [{"fast_dev_run": True}, {"overfit_batches": 1}, {"overfit_batches": 0.5}], ids=str)
 @pytest.mark.filterwarnings("ignore:You requested to overfit but enabled")
 def test_short_runs_on_purpose_go_through(tmp_path: Path, namespace: str, options: dict[str, Any]) -> None:
     net = seeded_net(namespace)
@@ -181,9 +173,7 @@ def test_short_runs_on_purpose_go_through(tmp_path: Path, namespace: str, option
 def test_early_stopping_and_limits(tmp_path: Path) -> None:
     net = seeded_net()
     stop = callbacks_of(NAMESPACES[0]).EarlyStopping("val_loss", patience=0, min_delta=10.0)
-    run = trainer(
-        tmp_path, QuantCallback(start=0), stop, max_epochs=9, limit_train_batches=3, limit_val_batches=2
-    )
+    run = trainer(tmp_path, QuantCallback(start=0), stop, max_epochs=9, limit_train_batches=3, limit_val_batches=2)
     run.fit(net, loader(), loader())
     assert run.current_epoch == 2  # the two validations before training do not count
     assert run.global_step == 6
@@ -191,7 +181,5 @@ def test_early_stopping_and_limits(tmp_path: Path) -> None:
 
 def test_endless_runs_take_steps(tmp_path: Path) -> None:
     net = seeded_net()
-    trainer(tmp_path, QuantCallback(Tqt(), start="3 steps"), max_epochs=-1, max_steps=5).fit(
-        net, loader(), loader()
-    )
+    trainer(tmp_path, QuantCallback(Tqt(), start="3 steps"), max_epochs=-1, max_steps=5).fit(net, loader(), loader())
     assert quantized(net)

@@ -74,9 +74,9 @@ def test_a_raw_optimizer_step_leaves_thresholds_behind_and_is_refused_by_name(tm
 def test_raw_steps_are_fine_before_quantization_and_where_no_threshold_trains(tmp_path: Path) -> None:
     trainer(tmp_path, QuantCallback(SCHEME, start="9 steps")).fit(Manual("raw"), loader())
     trainer(tmp_path, QuantCallback(Tqt(mode="retrain_wt"), start=0)).fit(Manual("raw"), loader())
-    trainer(
-        tmp_path, QuantCallback(Tqt(freeze_thresholds=0, freeze_thresholds_end=0), start=0), max_epochs=1
-    ).fit(seeded_net(), loader())
+    trainer(tmp_path, QuantCallback(Tqt(freeze_thresholds=0, freeze_thresholds_end=0), start=0), max_epochs=1).fit(
+        seeded_net(), loader()
+    )
 
 
 class Gan(LightningModule):
@@ -104,9 +104,7 @@ class Gan(LightningModule):
                 self.manual_backward(self.loss(part, batch[0].flatten(1)))
                 optimizer.step()
                 if torch.is_grad_enabled():  # not in calibration
-                    self.moved.append(
-                        (part, {key for key, t in thresholds(self).items() if t != before[key]})
-                    )
+                    self.moved.append((part, {key for key, t in thresholds(self).items() if t != before[key]}))
 
     def configure_optimizers(self) -> Any:
         return [torch.optim.SGD(net.parameters(), 0.05) for net in (self.discriminator, self.generator)]
@@ -166,9 +164,7 @@ def test_parameter_groups_that_count_all_parameters(tmp_path: Path) -> None:
     assert not grouped & hidden
     assert hidden <= {id(p) for p in net.parameters()}  # visible again
     names = [name for name, _ in net.named_parameters() if "log2_t" in name]
-    assert names == [
-        name for name in net.state_dict() if "log2_t" in name and name in dict(net.named_parameters())
-    ]
+    assert names == [name for name in net.state_dict() if "log2_t" in name and name in dict(net.named_parameters())]
 
 
 @pytest.mark.parametrize("kind", ["lambda", "one_cycle"])
@@ -187,9 +183,7 @@ def test_schedulers_of_the_user_see_the_steps_of_a_float_run(tmp_path: Path, kin
     for callbacks in ([], [QuantCallback(SCHEME, start=0.3)]):
         torch.manual_seed(0)
         net, seen = Scheduled(), []
-        net.on_train_batch_end = lambda *args, net=net, seen=seen: seen.append(
-            net.optimizers().param_groups[0]["lr"]
-        )
+        net.on_train_batch_end = lambda *args, net=net, seen=seen: seen.append(net.optimizers().param_groups[0]["lr"])
         trainer(tmp_path, *callbacks).fit(net, loader())
         rates.append(seen)
     assert len(rates[0]) == 12
@@ -245,9 +239,7 @@ def test_lowbit_step_in_a_plain_loop_does_what_the_trainer_does(tmp_path: Path) 
     trained.on_train_batch_start = lambda *args: copies or copies.append(copy.deepcopy(trained.body))
     trainer(tmp_path, QuantCallback(scheme, start=0)).fit(trained, loader())
     body = copies[0]
-    optimizer = torch.optim.SGD(
-        [p for name, p in body.named_parameters() if "lowbit" not in name], 0.05, momentum=0.9
-    )
+    optimizer = torch.optim.SGD([p for name, p in body.named_parameters() if "lowbit" not in name], 0.05, momentum=0.9)
     for x, y in [batch for _ in range(2) for batch in loader()]:
 
         def closure(x: Tensor = x, y: Tensor = y) -> Tensor:

@@ -65,9 +65,7 @@ def test_12896_test_with_a_checkpoint_path_after_fit(tmp_path: Path) -> None:
     run.fit(net, loader(), loader())
     (tested,) = run.test(net, loader(), ckpt_path=run.checkpoint_callback.best_model_path, verbose=False)
     assert quantized(net)
-    assert tested["test_loss"] == pytest.approx(
-        float(run.validate(net, loader(), verbose=False)[0]["val_loss"])
-    )
+    assert tested["test_loss"] == pytest.approx(float(run.validate(net, loader(), verbose=False)[0]["val_loss"]))
 
 
 def test_6457_load_from_checkpoint_of_a_quantized_module(tmp_path: Path) -> None:
@@ -99,9 +97,7 @@ def test_11047_pruning_together_with_quantization(tmp_path: Path, permanent: boo
     }
     assert moved
     average = callback.rule.state_dict()["optimizer"]
-    assert all(
-        float(state["step"]) > 6 for state in average.values() if state
-    )  # stepped after the first pruning, too
+    assert all(float(state["step"]) > 6 for state in average.values() if state)  # stepped after the first pruning, too
     assert sum(bool(state) for state in average.values()) > 3
 
 
@@ -138,9 +134,7 @@ def test_8507_observers_move_neither_in_validation_nor_in_the_sanity_check(tmp_p
     trainer(tmp_path, QuantCallback(start=0), num_sanity_val_steps=2).fit(net, loader(), extreme)
     for before, after in zip(seen[::2], seen[1::2], strict=True):
         assert_equal_states(before, after)
-    assert all(
-        float(q.log2_t.detach()) < 5 for _, q in quantizers(net) if getattr(q, "log2_t", None) is not None
-    )
+    assert all(float(q.log2_t.detach()) < 5 for _, q in quantizers(net) if getattr(q, "log2_t", None) is not None)
 
 
 @pytest.mark.parametrize("built", ["setup", "configure_model"])
@@ -187,8 +181,6 @@ def test_14447_the_network_is_converted_between_reading_a_checkpoint_and_loading
             self.seen["loaded"] = torch.equal(checkpoint["state_dict"]["body.fc.weight"], self.body.fc.weight)
 
     fresh = Late()
-    trainer(tmp_path, QuantCallback()).validate(
-        fresh, loader(), ckpt_path=tmp_path / "last.ckpt", verbose=False
-    )
+    trainer(tmp_path, QuantCallback()).validate(fresh, loader(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
     assert Late.seen == {"converted": True, "loaded": False}
     assert_equal_states(states(fresh), states(net))

@@ -104,23 +104,17 @@ def test_resume_is_bit_equal_with_the_ordered_sampler_and_accumulation(tmp_path:
     scheme = Tqt(freeze_batch_norm=0.5)
     keep = _fit(tmp_path / "a", scheme=scheme, **options)
     for file in ("step=8.ckpt", "step=9.ckpt", "end-epoch=2.ckpt"):
-        _assert_same(
-            _fit(tmp_path / "b", ckpt_path=tmp_path / "a" / file, seed=99, scheme=scheme, **options), keep
-        )
+        _assert_same(_fit(tmp_path / "b", ckpt_path=tmp_path / "a" / file, seed=99, scheme=scheme, **options), keep)
 
 
 def test_resume_is_bit_equal_in_the_other_namespace(tmp_path: Path) -> None:
     keep = _fit(tmp_path / "a", NAMESPACES[1])
-    _assert_same(
-        _fit(tmp_path / "b", NAMESPACES[1], ckpt_path=tmp_path / "a" / "step=15.ckpt", seed=99), keep
-    )
+    _assert_same(_fit(tmp_path / "b", NAMESPACES[1], ckpt_path=tmp_path / "a" / "step=15.ckpt", seed=99), keep)
 
 
 def test_resume_in_32_bits_survives_mixed_precision(tmp_path: Path) -> None:
     keep = _fit(tmp_path / "a", precision="bf16-mixed")
-    _assert_same(
-        _fit(tmp_path / "b", ckpt_path=tmp_path / "a" / "step=15.ckpt", seed=99, precision="bf16-mixed"), keep
-    )
+    _assert_same(_fit(tmp_path / "b", ckpt_path=tmp_path / "a" / "step=15.ckpt", seed=99, precision="bf16-mixed"), keep)
 
 
 def test_resume_is_bit_equal_where_the_loaders_exist_before_the_fit_starts(tmp_path: Path) -> None:

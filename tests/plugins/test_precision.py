@@ -34,22 +34,16 @@ def test_validation_under_bf16_mixed_equals_32_true_bit_for_bit(
 ) -> None:
     net = seeded_net(namespace)
     scheme = Tqt(bits=bits)
-    mixed = trainer(
-        tmp_path, QuantCallback(scheme, skip, start=0), namespace=namespace, precision="bf16-mixed"
-    )
+    mixed = trainer(tmp_path, QuantCallback(scheme, skip, start=0), namespace=namespace, precision="bf16-mixed")
     mixed.fit(net, loader(), loader())
     twin = copy.deepcopy(net)
-    full = trainer(tmp_path, QuantCallback(scheme, skip), namespace=namespace).validate(
-        twin, loader(), verbose=False
-    )
+    full = trainer(tmp_path, QuantCallback(scheme, skip), namespace=namespace).validate(twin, loader(), verbose=False)
     again = trainer(tmp_path, QuantCallback(scheme, skip), namespace=namespace, precision="bf16-mixed")
     assert again.validate(net, loader(), verbose=False) == full
     assert {"val_loss": float(mixed.callback_metrics["val_loss"])} == full[0]
     predicted = [
         torch.cat(
-            trainer(tmp_path, QuantCallback(scheme, skip), namespace=namespace, precision=p).predict(
-                net, loader()
-            )
+            trainer(tmp_path, QuantCallback(scheme, skip), namespace=namespace, precision=p).predict(net, loader())
         )
         for p in ("bf16-mixed", "32-true")
     ]
@@ -69,9 +63,9 @@ def test_training_above_8_bits_leaves_autocast(tmp_path: Path, bits: int, dtype:
 
     net.forward = keep
     scheme = Tqt(bits=bits)
-    trainer(
-        tmp_path, QuantCallback(scheme, start=0, include=["body.*"]), precision="bf16-mixed", max_epochs=1
-    ).fit(net, loader())
+    trainer(tmp_path, QuantCallback(scheme, start=0, include=["body.*"]), precision="bf16-mixed", max_epochs=1).fit(
+        net, loader()
+    )
     assert set(seen) == {dtype}
 
 

@@ -85,9 +85,7 @@ def net_of(pl: Any) -> Any:
             if not self.plateau:
                 return optimizer
             # A threshold that no loss meets: every epoch is a bad one and halves the rate.
-            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
-                optimizer, factor=0.5, patience=0, threshold=1.0
-            )
+            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=1.0)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": self.plateau}}
 
     return Net
@@ -125,9 +123,7 @@ def savers(pl: Any, folder: Path, validate: bool) -> list[Any]:
         checkpoint(folder, filename="epoch{step}", save_top_k=-1, save_on_train_epoch_end=True),
     ]
     if validate:
-        callbacks.append(
-            checkpoint(folder, "val{step}", monitor="val", save_top_k=-1, save_on_train_epoch_end=False)
-        )
+        callbacks.append(checkpoint(folder, "val{step}", monitor="val", save_top_k=-1, save_on_train_epoch_end=False))
     return callbacks
 
 
@@ -248,9 +244,7 @@ def test_resume_is_bit_equal(name: str, tmp_path: Path) -> None:
     check(tmp_path, lambda: LOADERS[name](0), places)
 
 
-@pytest.mark.parametrize(
-    "name", ["default", "own generator", "distributed", "user's batches", "two, one shorter"]
-)
+@pytest.mark.parametrize("name", ["default", "own generator", "distributed", "user's batches", "two, one shorter"])
 def test_resume_is_bit_equal_with_workers(name: str, tmp_path: Path) -> None:
     check(tmp_path, lambda: LOADERS[name](2), (MID, LAST, EPOCH_END))
 
@@ -277,9 +271,7 @@ def test_resume_is_bit_equal_with_workers(name: str, tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_resume_is_bit_equal_under_options(
-    options: dict[str, Any], places: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_resume_is_bit_equal_under_options(options: dict[str, Any], places: tuple[str, ...], tmp_path: Path) -> None:
     check(tmp_path, default, places, **options)
 
 
@@ -506,9 +498,7 @@ def test_two_ranks(tmp_path: Path) -> None:
             cwd=tmp_path,
         )
     for rank in range(2):
-        whole, *resumed = (
-            torch.load(tmp_path / f"end-{place}-{rank}", weights_only=False) for place in places
-        )
+        whole, *resumed = (torch.load(tmp_path / f"end-{place}-{rank}", weights_only=False) for place in places)
         for place, end in zip(places[1:], resumed, strict=True):
             same = all(torch.equal(a, b) for a, b in zip(whole, end, strict=True))
             assert same, f"rank {rank} differs after a resume from {place}"

@@ -46,9 +46,7 @@ def test_ranks_share_the_epoch(length: int, world: int, batch: int, drop: bool, 
         batches = list(BatchSampler(sampler, batch, drop))
         steps.add(len(batches))
         if sampler.padded:
-            assert len(batches[-1]) == 1, (
-                "the repeated sample must stand alone, so that its batch can weigh zero"
-            )
+            assert len(batches[-1]) == 1, "the repeated sample must stand alone, so that its batch can weigh zero"
     assert len(steps) == 1, "ranks would wait for each other's collectives"
     assert len(set(counted)) == len(counted)
     assert len(counted) == (length - length % world if drop else length)

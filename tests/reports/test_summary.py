@@ -42,9 +42,7 @@ class Net(nn.Module):
         return y
 
 
-def converted(
-    net: nn.Module | None = None, scheme: Tqt | None = None, batch: Tensor | None = None
-) -> nn.Module:
+def converted(net: nn.Module | None = None, scheme: Tqt | None = None, batch: Tensor | None = None) -> nn.Module:
     torch.manual_seed(0)
     net = (net or Net()).eval()
     convert(net, scheme or Tqt(bits=4), torch.rand(4, 1, 6, 6) if batch is None else batch)
@@ -234,7 +232,5 @@ def test_a_metric_that_one_stage_lacks_leaves_a_gap() -> None:
 
 def test_reports_need_no_lightning() -> None:
     program = "import sys, lightning_lowbit.reports.summary; print('lightning' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "False"

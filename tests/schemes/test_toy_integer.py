@@ -119,9 +119,7 @@ def test_values_between_layers_lie_on_the_linked_grid() -> None:
     torch.manual_seed(0)
     net, results = converted(Net()), []
     for layer in (net.again, net.left, net.right):
-        layer.register_forward_hook(
-            lambda m, args, result: results.append((args[0], m.links.present[0].exponent))
-        )
+        layer.register_forward_hook(lambda m, args, result: results.append((args[0], m.links.present[0].exponent)))
     net(torch.randn(8, 6))
     assert len(results) == 4
     for x, exponent in results:

@@ -281,7 +281,7 @@ def test_calibration_twice_gives_the_same_grids(batch: Tensor) -> None:
 def test_nan_in_calibration_data_is_refused_by_site(batch: Tensor) -> None:
     net = network()
     batch[0, 0, 0, 0] = float("nan")
-    with pytest.raises(ConfigError, match=r"conv1\.lowbit_input: 1 values"):
+    with pytest.raises(ConfigError, match=r"conv1\.lowbit_input: 1 NaN"):
         calibrate(net, lambda: (net(batch), 1)[1])
     assert not switch_of(net).started
 

@@ -98,9 +98,7 @@ class TestTheHarness:
 
     def test_an_unclassed_key_fails(self) -> None:
         with pytest.raises(AssertionError, match=r"no pattern classes: \['z'\]"):
-            account(
-                VectorFile(self.keys, lambda v: v.exact("y", 2 * v["x"])), {**self.arrays, "z": np.zeros(1)}
-            )
+            account(VectorFile(self.keys, lambda v: v.exact("y", 2 * v["x"])), {**self.arrays, "z": np.zeros(1)})
 
     def test_an_output_left_out_fails(self) -> None:
         with pytest.raises(AssertionError, match=r"never compared: \['y'\]"):

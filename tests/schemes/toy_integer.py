@@ -51,9 +51,7 @@ class IntegerLinear(torch.autograd.Function):
         known = ctx.result.error_exponent()
         exponent = exponent_of(grad)
         if known is not None:  # exact integers already; a sum at a fork may need a coarser step
-            assert torch.equal(
-                grad.double() / pow2(known, torch.float64) % 1, torch.zeros_like(grad.double())
-            )
+            assert torch.equal(grad.double() / pow2(known, torch.float64) % 1, torch.zeros_like(grad.double()))
             exponent = torch.maximum(exponent, known)
         err = codes(grad, exponent)
         ctx.layer.accumulated.append((err.T @ x_int, exponent + x_exponent))

@@ -65,6 +65,4 @@ if __name__ == "__main__":
     net = Net()
     start = {k: v.clone() for k, v in net.state_dict().items()}
     run.fit(net, data(seed=run.global_rank))
-    torch.save(
-        {"state": net.state_dict(), "start": start, "losses": net.losses}, out / f"rank{run.global_rank}.pt"
-    )
+    torch.save({"state": net.state_dict(), "start": start, "losses": net.losses}, out / f"rank{run.global_rank}.pt")

@@ -195,9 +195,7 @@ def package_entropy(x: Tensor, bins: int, levels: int = 128) -> Tensor:
     return torch.log2(x.min() + (best + 0.5) * (x.max() - x.min()) / bins)
 
 
-def trajectory(
-    v: Comparison, optimizer: type[torch.optim.Optimizer], **options: Any
-) -> tuple[Tensor, Tensor]:
+def trajectory(v: Comparison, optimizer: type[torch.optim.Optimizer], **options: Any) -> tuple[Tensor, Tensor]:
     """log2_t after each step and its gradient in it: loss 0.5 * sum((q(x) - x)^2), start at log2_t = 0."""
     log2_t = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
     stepper = optimizer([log2_t], lr=v.number("lr"), **options)

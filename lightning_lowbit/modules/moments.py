@@ -1,0 +1,24 @@
+"""A point of a run, as users and schemes write it."""
+
+from __future__ import annotations
+
+from lightning_lowbit.errors import ConfigError
+
+__all__ = ["Moment", "check_moment"]
+
+Moment = int | float | str
+"""float in (0, 1) = fraction, int = epoch, "500 steps" = step, 0 = at once."""
+
+
+def check_moment(name: str, moment: Moment | None) -> None:
+    """Refuse what is no moment: a float in (0, 1), an int >= 0, or "N steps"."""
+    if moment is None or (isinstance(moment, int) and not isinstance(moment, bool) and moment >= 0):
+        return
+    if isinstance(moment, float) and (0 <= moment < 1):
+        return
+    if isinstance(moment, str) and moment.removesuffix("steps").removesuffix("step").strip().isdigit():
+        return
+    raise ConfigError(
+        f"{name}={moment!r}: expected a fraction of the run in (0, 1), an epoch as int, steps as '500 steps', "
+        "or 0 for at once."
+    )
