@@ -65,7 +65,7 @@ class Switch:
         ran: paths of the layers that ran since the set was emptied; None when nobody asks.
         tally: counts saturated values per quantizer; None when nobody asks.
         managed: whether somebody applies the update rule; training without one warns once.
-        conversion: the record of what was converted (modules.convert.Conversion).
+        conversion: the record of what was converted (modules.convert.Report).
     """
 
     mode: Mode = Mode.LOWBIT

@@ -33,9 +33,9 @@ from lightning_lowbit.modules.slow_path import SlowPath
 from lightning_lowbit.modules.wiring import connect
 
 __all__ = [
-    "Conversion",
     "PassThrough",
     "Pattern",
+    "Report",
     "Selection",
     "convert_module",
     "is_converted",
@@ -44,7 +44,7 @@ __all__ = [
 
 
 @dataclass
-class Conversion:
+class Report:
     """What was converted, what was not and why; ``spec`` is the part that a checkpoint keeps."""
 
     layers: list[LayerPlan] = field(default_factory=list)
@@ -54,6 +54,17 @@ class Conversion:
     sites: list[Site] = field(default_factory=list)
     ties: list[list[str]] = field(default_factory=list)
     derived_ties: list[list[str]] = field(default_factory=list)  # what the data flow says; ties may be a file's
+
+    def __str__(self) -> str:
+        """One line: how many layers are low-bit, and what is not, by name."""
+        total = len(self.layers) + len(self.skipped)
+        skipped = [f"{path} ({reason})" for path, reason in self.skipped.items()]
+        natural = [f"{name} ({len(paths)})" for name, paths in self.float_by_nature.items()]
+        parts = [f"{len(self.layers)} of {total} layers low-bit"]
+        for title, items in (("skipped", skipped), ("float by nature", natural), ("not followed", self.uncovered)):
+            if items:
+                parts.append(f"{title}: {', '.join(items)}")
+        return "; ".join(parts)
 
     def spec(self) -> dict[str, Any]:
         """Plain types: sites as {key: role}, ties as lists of keys."""
@@ -74,7 +85,7 @@ def quantizers(root: nn.Module) -> list[tuple[str, Quantizer]]:
 
 def convert_module(
     root: nn.Module, scheme: Scheme, selection: Selection | None = None, ties: list[list[str]] | None = None
-) -> Conversion:
+) -> Report:
     """Convert ``root`` in place.
 
     Args:
@@ -96,7 +107,7 @@ def convert_module(
     check_patterns(root, selection)
     check_layers(root, selection)
     wanted = wanted_layers(root, selection)
-    result = Conversion(skipped=left_out(root, selection), float_by_nature=float_by_nature(root))
+    result = Report(skipped=left_out(root, selection), float_by_nature=float_by_nature(root))
     flow = follow(root)
     plan = make_plan(root, flow, wanted, norms_to_keep(root, scheme))
     result.uncovered = _uncovered(root, flow, wanted)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.modules.base import Scheme, switch_of
-from lightning_lowbit.modules.convert import Conversion, Selection, convert_module
+from lightning_lowbit.modules.convert import Report, Selection, convert_module
 from lightning_lowbit.plugins.checks import check_checkpoint_file
 from lightning_lowbit.schemes import find
 
@@ -29,7 +29,7 @@ _PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
 _M = TypeVar("_M", bound=nn.Module)
 
 
-def write_spec(scheme: Scheme, selection: Selection, conversion: Conversion) -> dict[str, Any]:
+def write_spec(scheme: Scheme, selection: Selection, conversion: Report) -> dict[str, Any]:
     """Plain types that load under ``weights_only=True``."""
     skip = [p if isinstance(p, str) else f"{p.__module__}.{p.__qualname__}" for p in selection.skip]
     return {
@@ -252,7 +252,7 @@ def load_from_checkpoint(cls: type[_M], path: str | Path, map_location: Any = No
     return module  # type: ignore[no-any-return]
 
 
-def restore_conversion(model: nn.Module, spec: Mapping[str, Any]) -> Conversion:
+def restore_conversion(model: nn.Module, spec: Mapping[str, Any]) -> Report:
     """Convert a float network as a checkpoint says."""
     present = dict(model.named_modules())
     missing = [path for path in spec["layers"] if path not in present]

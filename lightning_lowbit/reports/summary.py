@@ -20,7 +20,7 @@ from lightning_lowbit.numerics.grid import Grid
 from lightning_lowbit.numerics.guards import float_sums_exact
 from lightning_lowbit.reports.table import Line, show, text
 
-__all__ = ["Report", "Row", "claims", "print_report", "summarize", "sums_exact"]
+__all__ = ["Row", "Summary", "claims", "print_report", "summarize", "sums_exact"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Row:
 
 
 @dataclass
-class Report:
+class Summary:
     """What a converted network does.
 
     Attributes:
@@ -62,7 +62,7 @@ class Report:
         raise KeyError(f"{site!r}; rows: {', '.join(f'{row.site}.{row.role}' for row in self.rows)}")
 
 
-def summarize(module: nn.Module, tally: Tally | None = None) -> Report:
+def summarize(module: nn.Module, tally: Tally | None = None) -> Summary:
     """What a converted module does, tensor by tensor.
 
     Args:
@@ -77,7 +77,7 @@ def summarize(module: nn.Module, tally: Tally | None = None) -> Report:
     conversion = switch.conversion
     order = _execution_order(module)
     low = sorted(low_bit_modules(module), key=lambda item: order.get(item[0], len(order)))
-    report = Report(ties=conversion.ties)
+    report = Summary(ties=conversion.ties)
     for path, owner in sorted(_owners(module), key=lambda item: order.get(item[0], len(order))):
         report.rows.extend(_rows(path, owner, tally))
     report.lines = _lines(low, report.rows)
@@ -97,7 +97,7 @@ def summarize(module: nn.Module, tally: Tally | None = None) -> Report:
     return report
 
 
-def claims(module: nn.Module, report: Report) -> list[str]:
+def claims(module: nn.Module, report: Summary) -> list[str]:
     """Whether evaluation is integer-exact and training bit-identical, and if not, why."""
     scheme = next(low.scheme for _, low in low_bit_modules(module))
     conversion = switch_of(module).conversion

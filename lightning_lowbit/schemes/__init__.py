@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_lowbit.errors import ConfigError, nearest
 from lightning_lowbit.modules.base import Scheme
-from lightning_lowbit.modules.convert import Conversion, Pattern, Selection, convert_module
+from lightning_lowbit.modules.convert import Pattern, Report, Selection, convert_module
 
 __all__ = ["convert", "find", "registry", "resolve"]
 
@@ -89,7 +89,7 @@ def convert(
     skip: Sequence[Pattern] = (),
     include: Sequence[Pattern] | None = None,
     **options: Any,
-) -> Conversion:
+) -> Report:
     """Convert ``module`` in place, without a Trainer: for evaluation, calibration and export.
 
     Args:

@@ -341,3 +341,9 @@ def test_wrapping_lightning_module_follows_its_network() -> None:
     assert report.uncovered == []
     assert [layer.first for layer in report.layers] == [True, False, False]
     assert [layer.last for layer in report.layers] == [False, False, True]
+
+
+def test_the_report_says_in_a_line_what_became_low_bit() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.LayerNorm(8), nn.Linear(8, 2))
+    report = convert(net, "tqt", skip=["3"])
+    assert str(report) == "1 of 2 layers low-bit; skipped: 3 (by skip=); float by nature: LayerNorm (1)"

@@ -15,7 +15,7 @@ from lightning_lowbit.modules.elementwise import LowBitAdd, LowBitAvgPool, LowBi
 from lightning_lowbit.modules.layers import LowBitLayer
 from lightning_lowbit.modules.quantizer import Quantizer
 from lightning_lowbit.numerics.grid import Grid
-from lightning_lowbit.reports.summary import Report
+from lightning_lowbit.reports.summary import Summary
 
 CONVOLUTIONS = {
     torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d,
@@ -34,7 +34,7 @@ class GridWatch(TorchFunctionMode):
     result with the row of its layer. Tensors on no printed grid are collected in ``off``.
     """
 
-    def __init__(self, net: nn.Module, report: Report) -> None:
+    def __init__(self, net: nn.Module, report: Summary) -> None:
         super().__init__()
         self.report, self.off, self.seen = report, [], Counter()
         self.stack: list[nn.Module] = []
@@ -125,7 +125,7 @@ class GridWatch(TorchFunctionMode):
             handle.remove()
 
 
-def watch(net: nn.Module, report: Report, x: Tensor) -> GridWatch:
+def watch(net: nn.Module, report: Summary, x: Tensor) -> GridWatch:
     """Run one evaluation under the watch."""
     mode = GridWatch(net, report)
     try:

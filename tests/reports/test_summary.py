@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.modules.base import Tally, switch_of
 from lightning_lowbit.reports import table
-from lightning_lowbit.reports.summary import Report, print_report, summarize
+from lightning_lowbit.reports.summary import Summary, print_report, summarize
 from lightning_lowbit.schemes import convert
 from lightning_lowbit.schemes.tqt import Tqt
 
@@ -49,7 +49,7 @@ def converted(net: nn.Module | None = None, scheme: Tqt | None = None, batch: Te
     return net
 
 
-def tallied(net: nn.Module, batch: Tensor) -> Report:
+def tallied(net: nn.Module, batch: Tensor) -> Summary:
     switch = switch_of(net)
     switch.tally = tally = Tally()
     net(batch)
@@ -58,11 +58,11 @@ def tallied(net: nn.Module, batch: Tensor) -> Report:
 
 
 @pytest.fixture
-def report() -> Report:
+def report() -> Summary:
     return tallied(converted(), torch.rand(4, 1, 6, 6))
 
 
-def test_lines_stand_in_the_order_of_execution_and_name_both_factors(report: Report) -> None:
+def test_lines_stand_in_the_order_of_execution_and_name_both_factors(report: Summary) -> None:
     assert [line.site for line in report.lines] == ["conv1", "conv2", "lowbit_add", "pool", "fc"]
     grids = {line.site: line.grid for line in report.lines}
     for layer, source in (("conv1", "conv1.input"), ("conv2", "conv2.input"), ("fc", "pool.output")):
@@ -79,7 +79,7 @@ def test_lines_stand_in_the_order_of_execution_and_name_both_factors(report: Rep
     )
 
 
-def test_every_tensor_has_a_row_and_rows_run_in_order(report: Report) -> None:
+def test_every_tensor_has_a_row_and_rows_run_in_order(report: Summary) -> None:
     sites = list(dict.fromkeys(row.site for row in report.rows))
     assert sites == ["conv1", "relu", "conv2", "bn2", "lowbit_add", "pool", "fc"]
     assert {row.role for row in report.rows if row.site == "conv1"} == {"input", "weight", "bias", "sum"}
