@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +20,10 @@ from lightning_lowbit.graph.trace import (
     call_keys,
     constants,
     has_forward,
+    has_step,
     location,
     trace_container,
+    trace_step,
 )
 
 __all__ = ["Call", "Flow", "follow", "placed_calls"]
@@ -78,8 +81,9 @@ def follow(root: nn.Module) -> Flow:
     walker = _Walker(root, flow)
     if has_forward(root):
         walker.enter(root, "")
-    # A LightningModule without forward, the second network of a GAN, what stands behind an untraceable
-    # forward.
+    elif has_step(root):
+        walker.enter_step(root)
+    # The second network of a GAN, what stands behind an untraceable forward or step.
     for path, module in root.named_modules():
         if path and path not in flow.seen and (has_forward(module) or is_leaf(module)):
             walker.enter(module, path)
@@ -91,6 +95,7 @@ class _Walker:
         self.root, self.flow = root, flow
         self.graphs: dict[tuple[str, str], torch.fx.Graph | Untraceable] = {}
         self.paths = {id(module): path for path, module in root.named_modules()}
+        self.items: dict[tuple[int, int | str], Call] = {}
         self.overwritten: dict[int, Call] = {}  # id of a call -> the call that has changed its result in place
 
     def enter(self, module: nn.Module, path: str) -> None:
@@ -111,12 +116,35 @@ class _Walker:
             result = self._inline(graph, module, path, arguments)
         self.flow.exits.extend(self._calls(result))
 
+    def enter_step(self, module: nn.Module) -> None:
+        """Start at a training_step. Its code stays as it is, so its functional operations stay float."""
+        graph = trace_step(module)
+        if isinstance(graph, Untraceable):
+            self.flow.untraced.append(graph)
+            return
+        batch = next(node for node in graph.nodes if node.op == "placeholder")
+        arguments: dict[torch.fx.Node, Any] = {batch: self._entry("")}
+        self.flow.exits.extend(self._calls(self._inline(graph, module, "", arguments)))
+        calls = [call for call in self.flow.calls if call.owner == ""]
+        for call in calls:
+            call.where = call.where or f"{type(module).__qualname__}.training_step"
+            shared = sum(other.path == call.path for other in calls) > 1
+            if call.kind in REWRITTEN and (call.path is None or shared):
+                call.kind = Kind.FLOAT
+
     def _entry(self, path: str) -> Call:
         entry = Call(Kind.FLOAT, "input", path, ("input", len(self.flow.entries)), "")
         self.flow.entries.append(entry)
         if not path:
             self.flow.heads.append(entry)
         return entry
+
+    def _item(self, batch: Call, index: int | str) -> Call:
+        """``batch["image"]`` of what comes from outside: a tensor of its own, the same each time it is picked."""
+        key = (id(batch), index)
+        if key not in self.items:
+            self.items[key] = self._entry(batch.owner)
+        return self.items[key]
 
     def _graph(self, module: nn.Module, path: str, fixed: dict[str, Any]) -> torch.fx.Graph | Untraceable:
         self.flow.seen.add(path)
@@ -154,6 +182,8 @@ class _Walker:
                 values[node] = self._module(child, node, path, keys[node], args, kwargs)
             elif node.op == "call_function" and _is_pick(node.target, args):
                 values[node] = args[0][args[1]]
+            elif node.target is operator.getitem and args[0] in self.flow.entries and isinstance(args[1], (int, str)):
+                values[node] = self._item(args[0], args[1])
             else:
                 inputs = self._calls((args, kwargs))
                 values[node] = self._call(node.target, node, path, keys[node], None, inputs, node.args, node.kwargs)

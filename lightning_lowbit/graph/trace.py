@@ -27,8 +27,10 @@ __all__ = [
     "call_keys",
     "constants",
     "has_forward",
+    "has_step",
     "location",
     "trace_container",
+    "trace_step",
 ]
 
 CallKey = tuple[str, int]
@@ -79,6 +81,12 @@ def has_forward(module: nn.Module) -> bool:
     """Whether the class says what calling it does (a bare LightningModule or ModuleList does not)."""
     forward = type(module).forward
     return forward is not nn.Module.forward and forward.__qualname__ != "LightningModule.forward"
+
+
+def has_step(module: nn.Module) -> bool:
+    """Whether it is a LightningModule that says how it trains."""
+    step = getattr(type(module), "training_step", None)
+    return step is not None and step.__qualname__ != "LightningModule.training_step"
 
 
 def bound_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
@@ -137,6 +145,24 @@ def trace_container(
         if node.op == "call_function" and (node.target in _ASSERTS or (node.target is operator.eq and not node.users)):
             graph.erase_node(node)
     return graph
+
+
+def trace_step(module: nn.Module) -> torch.fx.Graph | Untraceable:
+    """Follow ``training_step`` of a LightningModule that has no forward, to learn what feeds what.
+
+    The step is read, never rewritten: what it logs and keeps on the module is left out here and happens when it runs.
+    """
+    tracer = _OwnForward()
+    tracer.traced_func_name = "training_step"
+    behind_batch = list(inspect.signature(type(module).training_step).parameters)[2:]  # type: ignore[attr-defined]
+    with _untouched(module, training=False):
+        for name in ("log", "log_dict"):
+            module.__dict__[name] = _log_nothing
+        try:
+            return tracer.trace(module, concrete_args=dict.fromkeys(behind_batch, 0))
+        except Exception as error:  # whatever user code raises when handed proxies
+            reason = " ".join(str(error).split())[:160] or type(error).__name__
+            return Untraceable("", _last_user_frame(error, module), reason)
 
 
 def _name_parameters(graph: torch.fx.Graph, module: nn.Module) -> None:
@@ -213,6 +239,10 @@ def _restore(container: Any, kept: Any) -> None:
 
 def _refuse_to_log(*args: Any, **kwargs: Any) -> None:
     raise RuntimeError("it logs, which a recording would leave out; log in the step that calls it")
+
+
+def _log_nothing(*args: Any, **kwargs: Any) -> None:
+    """In place of ``self.log`` while a step is read."""
 
 
 def call_keys(graph: torch.fx.Graph) -> dict[torch.fx.Node, CallKey]:

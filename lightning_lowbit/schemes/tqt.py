@@ -193,7 +193,7 @@ class Tqt(Scheme):
         return (
             Milestone(0 if frozen else self.freeze_batch_norm, "freeze_batch_norm"),
             Milestone(self.freeze_thresholds, "freeze_ranges"),
-            Milestone(self.freeze_thresholds_end, "ranges_frozen"),
+            Milestone(None if self.freeze_thresholds is None else self.freeze_thresholds_end, "ranges_frozen"),
         )
 
     def activation_bits(self) -> int:

@@ -141,7 +141,8 @@ class ThresholdRule(UpdateRule):
             else:
                 self.optimizer = NormedSgd(parameters, lr=lr, beta=beta2)
         n = len(parameters)
-        self.average = torch.zeros(n)  # of log2_t, decay 0.9999, not yet debiased
+        self.average = torch.zeros(n)  # moving average of log2_t, not yet debiased
+        self.weight = torch.zeros(())  # what the average's decays leave of 1: divides it
         self.abs_grad = torch.zeros(n)  # of the gradients since the last freeze
         self.count = torch.zeros(2, dtype=torch.int64)  # steps in all, steps since the last freeze
         self.begun: int | None = None  # run's step at which quantization began
@@ -185,7 +186,8 @@ class ThresholdRule(UpdateRule):
         self.optimizer.step()
         for quantizer in quantizers:
             quantizer.log2_t.grad = None
-        self._follow(torch.cat([quantizer.log2_t for quantizer in quantizers]).cpu(), flat.abs().cpu())
+        now = torch.cat([quantizer.log2_t for quantizer in quantizers]).cpu()
+        self._follow(now, flat.abs().cpu(), context.total_steps)
         self._freeze(quantizers, frozen.cpu(), context.step)
 
     def _lr(self, context: StepContext) -> float:
@@ -197,8 +199,11 @@ class ThresholdRule(UpdateRule):
             return lr * 0.5 * (1 + math.cos(math.pi * share))
         return lr
 
-    def _follow(self, now: Tensor, abs_grad: Tensor) -> None:
-        self.average.mul_(0.9999).add_(now, alpha=1 - 0.9999)
+    def _follow(self, now: Tensor, abs_grad: Tensor, total_steps: int | None) -> None:
+        """Moving averages. The published decay, 0.9999, looks back over a tenth of the published run; so does ours."""
+        decay = 0.9999 if total_steps is None else min(0.9999, max(0.0, 1 - 10 / total_steps))
+        self.average.mul_(decay).add_(now, alpha=1 - decay)
+        self.weight.mul_(decay).add_(1 - decay)
         self.abs_grad.add_(torch.nan_to_num(abs_grad))
         self.count += 1
 
@@ -209,7 +214,7 @@ class ThresholdRule(UpdateRule):
             return
         last = max(first, self.when.get("ranges_frozen", first))
         due = math.ceil(len(quantizers) * min(1.0, (step + 1 - first) / max(1, last - first)))
-        debiased = self.average / (1 - 0.9999 ** int(self.count[0]))
+        debiased = self.average / self.weight
         while int(frozen.sum()) < due:
             now = torch.cat([quantizer.log2_t for quantizer in quantizers]).cpu()
             index = next_to_freeze(now, debiased, self.abs_grad / max(1, int(self.count[1])), frozen)
@@ -233,7 +238,8 @@ class ThresholdRule(UpdateRule):
             return {}
         state = {key: dict(self.optimizer.state.get(q.log2_t, {})) for key, q in self.thresholds.items()}
         return {
-            "optimizer": state, "average": self.average.clone(), "abs_grad": self.abs_grad.clone(),
+            "optimizer": state, "average": self.average.clone(),
+            "weight": self.weight.clone(), "abs_grad": self.abs_grad.clone(),
             "count": self.count.clone(), "begun": self.begun,
         }  # fmt: skip
 
@@ -246,5 +252,6 @@ class ThresholdRule(UpdateRule):
                 self.optimizer.state[quantizer.log2_t] = {
                     k: v.clone() if isinstance(v, Tensor) else v for k, v in kept.items()
                 }
-        self.average, self.abs_grad = state["average"].clone(), state["abs_grad"].clone()
+        self.average, self.weight = state["average"].clone(), state["weight"].clone()
+        self.abs_grad = state["abs_grad"].clone()
         self.count, self.begun = state["count"].clone(), state["begun"]

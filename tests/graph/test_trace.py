@@ -132,7 +132,9 @@ def test_children_of_an_earlier_conversion_are_not_met() -> None:
         (nn.Softmax(-1), (), {}, Kind.FLOAT),
         ([], (), {}, Kind.FLOAT),
     ],
-    ids=str,
+    ids=lambda value: (
+        getattr(value, "__name__", None) or (type(value).__name__ if isinstance(value, nn.Module) else None)
+    ),
 )
 def test_kinds(target: Any, args: Any, kwargs: Any, kind: Kind) -> None:
     assert classify(target, args, kwargs) is kind

@@ -347,3 +347,41 @@ def test_the_report_says_in_a_line_what_became_low_bit() -> None:
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.LayerNorm(8), nn.Linear(8, 2))
     report = convert(net, "tqt", skip=["3"])
     assert str(report) == "1 of 2 layers low-bit; skipped: 3 (by skip=); float by nature: LayerNorm (1)"
+
+
+class StepOnly(L.LightningModule):
+    """No forward: what feeds what stands in training_step alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
+        self.conv2, self.bn2, self.relu = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU()
+        self.other, self.fc = nn.Linear(2, 4), nn.Linear(4, 3)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        (x, extra), y = batch
+        x = self.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+        loss = F.cross_entropy(self.fc(x.mean((2, 3)) + self.other(extra)), y)
+        self.log("loss", loss)
+        return loss
+
+
+def test_a_training_step_tells_what_feeds_what_and_is_not_rewritten() -> None:
+    torch.manual_seed(0)
+    net = StepOnly()
+    report = convert(net, "tqt")
+    layers = {layer.path: layer for layer in report.layers}
+    assert layers["conv1"].batch_norm == "bn1"
+    assert layers["conv2"].pattern == "conv2d+bn+relu"
+    assert [p for p, layer in layers.items() if layer.first] == ["conv1", "other"]
+    assert [p for p, layer in layers.items() if layer.last] == ["fc"]
+    assert "forward" not in net.__dict__
+    assert not [name for name, _ in net.named_children() if name.startswith("lowbit_")]
+    assert any("StepOnly.training_step) stays float" in note for note in report.uncovered)
+    from lightning_lowbit.modules.calibrate import calibrate
+
+    net.log = lambda *args, **kwargs: None  # type: ignore[method-assign]  # there is no trainer
+    batch = ((torch.randn(8, 1, 8, 8), torch.randn(8, 2)), torch.randint(3, (8,)))
+    assert calibrate(net, lambda: (net.training_step(batch, 0), 1)[1]) == []
+    assert not net.conv2.lowbit_input.signed  # type: ignore[union-attr]  # behind F.relu: the data say so
+    assert net.other.lowbit_input.log2_t is not net.conv1.lowbit_input.log2_t  # type: ignore[union-attr]
