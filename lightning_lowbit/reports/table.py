@@ -13,7 +13,7 @@ __all__ = ["STAGES", "Line", "cells", "metric_lines", "show", "text"]
 STAGES = ("float", "calibrated", "trained")
 """Whose metrics are compared: before quantization, right after calibration, after the last validation."""
 
-_HEADER = ("site", "pattern", "grid", "saturated", "exact")
+_HEADER = ("site", "pattern", "grid", "saturation", "exact")
 _SHORTEST = {0: 14, 1: 8}  # what the first two columns may shrink to; a grid is never cut
 _GAP = 2
 
@@ -118,7 +118,7 @@ def _widths(rows: Sequence[tuple[str, ...]]) -> list[int]:
 
 
 def _padded(cell: str, width: int, column: int) -> str:
-    return cell.rjust(width) if column == _HEADER.index("saturated") and cell.endswith("%") else cell.ljust(width)
+    return cell.rjust(width) if column == _HEADER.index("saturation") and cell.endswith("%") else cell.ljust(width)
 
 
 def _short(cell: str, limit: int, keep_end: bool) -> str:
