@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 # Before torch is imported, and for the programs that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -15,3 +17,11 @@ torch.set_num_threads(1)
 # The first call of a torch function can take longer than hypothesis allows any call by default.
 settings.register_profile("lowbit", deadline=None)
 settings.load_profile("lowbit")
+
+
+@pytest.fixture(autouse=True)
+def no_seed_left_behind() -> Iterator[None]:
+    """``seed_everything`` speaks through the environment, which the next test's processes would inherit."""
+    yield
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        os.environ.pop(name, None)
