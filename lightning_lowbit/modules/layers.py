@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -92,7 +93,19 @@ class LowBitLayer(LowBitModule):
                     y = y + self._along_channels(on(self.lowbit_bias, bias), y)
             if self.lowbit_error is not None:
                 y = gate_backward(y, self.lowbit_error.quantize)
+            if not self.switch.managed and y.requires_grad:
+                y.register_hook(self._unmanaged)  # type: ignore[no-untyped-call]  # torch does not type it
             return on(self.lowbit_output, y)
+
+    def _unmanaged(self, grad: Tensor) -> None:
+        """Somebody trains, and nobody would apply the scheme's update rule: said once."""
+        if not self.switch.managed:
+            self.switch.managed = True
+            warnings.warn(
+                "a converted network is trained without its update rule: thresholds (or integer weights) do not move. "
+                "Step with lightning_lowbit.lowbit_step(model, optimizer), or use a Trainer with QuantCallback().",
+                stacklevel=2,
+            )
 
     def effective(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Weight and bias that the layer multiplies with, batch norm merged (TQT section 5).

@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_lowbit.modules.base import switch_of
 from lightning_lowbit.modules.calibrate import calibrate
-from lightning_lowbit.modules.convert import Selection, quantizers
+from lightning_lowbit.modules.convert import quantizers
 from lightning_lowbit.plugins.batches import drive
 from lightning_lowbit.plugins.distributed import all_reduce
 
@@ -23,7 +23,6 @@ def calibrate_on(
     module: nn.Module,
     loaders: Any,
     limit: int,
-    selection: Selection,
     step: str = "training_step",
 ) -> None:
     """Set all grids from up to ``limit`` batches.
@@ -33,16 +32,9 @@ def calibrate_on(
         module: a converted LightningModule.
         loaders: one loader or a collection of them.
         limit: number of batches.
-        selection: layers that its ``skip`` names may stay silent.
         step: how a batch is fed if the module has no ``calibration_step``.
     """
-
-    def may_be_silent(path: str) -> bool:
-        return selection.skips(path, module.get_submodule(path))
-
-    still_open = calibrate(
-        module, functools.partial(drive, trainer, module, loaders, limit, step), all_reduce, may_be_silent
-    )
+    still_open = calibrate(module, functools.partial(drive, trainer, module, loaders, limit, step), all_reduce)
     if still_open:
         rank_zero_warn(
             f"zero throughout calibration, so they stay float: {', '.join(still_open[:6])} ({len(still_open)} in all)."
@@ -50,7 +42,7 @@ def calibrate_on(
 
 
 def calibrate_before_evaluation(
-    trainer: Any, module: nn.Module, loop: Any, step: str, loaders: Any, limit: int, selection: Selection
+    trainer: Any, module: nn.Module, loop: Any, step: str, loaders: Any, limit: int
 ) -> bool:
     """Give a network that was never calibrated its grids before its first evaluation, and only then.
 
@@ -62,7 +54,6 @@ def calibrate_before_evaluation(
         loaders: the user's choice; None takes ``datamodule.calibration_dataloader()``, else the loop's own
             batches.
         limit: number of batches.
-        selection: as in ``calibrate_on``.
     Returns:
         whether it was done.
     """
@@ -71,10 +62,10 @@ def calibrate_before_evaluation(
     if loaders is None and trainer.datamodule is not None:
         loaders = getattr(trainer.datamodule, "calibration_dataloader", lambda: None)()
     if loaders is not None:
-        calibrate_on(trainer, module, loaders, limit, selection)
+        calibrate_on(trainer, module, loaders, limit)
     else:
         rank_zero_info("lightning_lowbit: not calibrated yet; taking the first evaluation batches.")
-        calibrate_on(trainer, module, loop._combined_loader.iterables, limit, selection, step)
+        calibrate_on(trainer, module, loop._combined_loader.iterables, limit, step)
     switch_of(module).provisional = True
     return True
 

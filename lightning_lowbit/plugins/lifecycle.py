@@ -296,7 +296,7 @@ class Lifecycle(Callback):
         loaders = self.calibration_loader if self.calibration_loader is not None else trainer.train_dataloader
         settings = self.scheme.reconstruction()
         step = "training_step" if settings is None else "forward"
-        calibrate_on(trainer, pl_module, loaders, self.calibrate_batches, self.selection, step)
+        calibrate_on(trainer, pl_module, loaders, self.calibrate_batches, step)
         self._presence.expect(pl_module)
         update_averages(trainer, pl_module)
         if evaluate:
@@ -317,7 +317,7 @@ class Lifecycle(Callback):
         self._before_evaluation(trainer, pl_module, trainer.predict_loop, "predict_step")
 
     def _before_evaluation(self, trainer: Any, pl_module: Any, loop: Any, step: str) -> None:
-        source = (self.calibration_loader, self.calibrate_batches, self.selection)
+        source = (self.calibration_loader, self.calibrate_batches)
         if calibrate_before_evaluation(trainer, pl_module, loop, step, *source):
             self._presence.expect(pl_module)
 

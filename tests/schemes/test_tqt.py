@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 
 import pytest
 import torch
@@ -309,3 +310,20 @@ def test_label_free_brings_the_network_nearer_to_float(batch: Tensor) -> None:
     assert set(errors) == {block.path for block in blocks(net)}
     assert all(after <= start for start, after in errors.values())
     assert (net(batch) - expected).norm() < 0.8 * before
+
+
+def test_training_without_the_update_rule_is_said_once(batch: Tensor) -> None:
+    net = calibrated(batch).train()
+    with pytest.warns(UserWarning, match="lowbit_step"):
+        net(batch).sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net(batch).sum().backward()
+
+
+def test_a_managed_network_trains_without_a_word(batch: Tensor) -> None:
+    net = calibrated(batch).train()
+    optimizer = torch.optim.SGD([net.conv1.weight], lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lowbit_step(net, optimizer, lambda: net(batch).sum().backward())
