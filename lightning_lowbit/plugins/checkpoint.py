@@ -134,6 +134,10 @@ def add_open_keys(state_dict: dict[str, Any], model: nn.Module) -> None:
             state_dict[key] = value.clone()
 
 
+def has_low_bit_keys(state_dict: Mapping[str, Any]) -> bool:
+    return any("lowbit" in key for key in state_dict)
+
+
 def float_state_dict(module: nn.Module) -> dict[str, Tensor]:
     """The state dict without low-bit keys: it loads into the plain module that was converted.
 
@@ -244,6 +248,13 @@ def load_from_checkpoint(cls: type[_M], path: str | Path, map_location: Any = No
             if spec is not None:
                 restore_conversion(self, spec)
                 check_shapes(checkpoint["state_dict"], self)
+            elif has_low_bit_keys(checkpoint["state_dict"]):
+                raise ConfigError(
+                    f"checkpoint_path={str(path)!r}: low-bit weights without the record of their conversion, as "
+                    "Trainer.save_checkpoint(weights_only=True) writes them when no fit is on. Save a full checkpoint, "
+                    "use ModelCheckpoint(save_weights_only=True) in the fit, or load it through a Trainer with the same "
+                    "QuantCallback."
+                )
             super().on_load_checkpoint(checkpoint)
 
     Loaded.__name__, Loaded.__qualname__, Loaded.__module__ = cls.__name__, cls.__qualname__, cls.__module__

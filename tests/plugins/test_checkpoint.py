@@ -268,3 +268,16 @@ def test_files_that_are_no_checkpoints_are_named(tmp_path: Path, content: bytes)
         initialize_from(tmp_path / "float.pt", seeded_net())
     with pytest.raises(ConfigError, match="no such file"):
         initialize_from(tmp_path / "absent.pt", seeded_net())
+
+
+def test_weights_saved_when_no_fit_is_on_load_through_a_trainer_and_say_so_without_one(tmp_path: Path) -> None:
+    net, path = seeded_net(), tmp_path / "after.ckpt"
+    run = trainer(tmp_path, QuantCallback(start=0))
+    run.fit(net, loader())
+    run.save_checkpoint(path, weights_only=True)
+    with pytest.raises(ConfigError, match=r"after\.ckpt.*without the record of their conversion.*QuantCallback"):
+        load_from_checkpoint(net_class(), path)
+    other = seeded_net(seed=1)
+    trainer(tmp_path, QuantCallback()).predict(other, loader(), ckpt_path=path)
+    assert_equal_states(states(other), states(net))
+    assert torch.equal(outputs(other.eval()), outputs(net.eval()))
