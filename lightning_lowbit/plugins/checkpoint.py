@@ -252,7 +252,7 @@ def load_from_checkpoint(cls: type[_M], path: str | Path, map_location: Any = No
                 raise ConfigError(
                     f"checkpoint_path={str(path)!r}: low-bit weights without the record of their conversion, as "
                     "Trainer.save_checkpoint(weights_only=True) writes them when no fit is on. Save a full checkpoint, "
-                    "use ModelCheckpoint(save_weights_only=True) in the fit, or load it through a Trainer with the same "
+                    "use ModelCheckpoint(save_weights_only=True) in the fit, or load it in a Trainer with the same "
                     "QuantCallback."
                 )
             super().on_load_checkpoint(checkpoint)
