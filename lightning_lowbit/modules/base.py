@@ -94,20 +94,26 @@ class Milestone:
     what: str
 
 
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 @dataclass(frozen=True)
 class StepContext:
     """What an update rule may know of the run.
 
     Attributes:
         step, total_steps: optimizer steps done and estimated; total is None when it is infinite.
-        reduce_sum, reduce_mean: over the processes; sums of integer tensors are exact. Identity on one.
+        reduce_sum, reduce_mean, reduce_max: over the processes; sums and maxima of integer tensors are exact.
+            Identity on one.
         grad_scale: factor on all gradients (16-bit mixed precision), 1 without.
     """
 
     step: int
     total_steps: int | None
-    reduce_sum: Callable[[Tensor], Tensor]
-    reduce_mean: Callable[[Tensor], Tensor]
+    reduce_sum: Callable[[Tensor], Tensor] = _same
+    reduce_mean: Callable[[Tensor], Tensor] = _same
+    reduce_max: Callable[[Tensor], Tensor] = _same
     grad_scale: float = 1.0
 
 

@@ -11,7 +11,7 @@ from lightning_lowbit.modules.base import low_bit_modules
 from lightning_lowbit.modules.convert import quantizers
 from lightning_lowbit.plugins.patching import Patches
 
-__all__ = ["all_reduce", "ignore_in_ddp", "reduce_mean", "reduce_sum", "share_ignored"]
+__all__ = ["all_reduce", "ignore_in_ddp", "reduce_max", "reduce_mean", "reduce_sum", "share_ignored"]
 
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
 
@@ -28,6 +28,11 @@ def all_reduce(tensor: Tensor, op: str) -> Tensor:
 def reduce_sum(tensor: Tensor) -> Tensor:
     """Sum over processes; exact for integer tensors that do not overflow (gloo wraps int8: use int32)."""
     return all_reduce(tensor, "sum")
+
+
+def reduce_max(tensor: Tensor) -> Tensor:
+    """Maximum over processes, element by element."""
+    return all_reduce(tensor, "max")
 
 
 def reduce_mean(tensor: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ from lightning_lowbit.plugins.checkpoint import (
     write_spec,
 )
 from lightning_lowbit.plugins.compiling import compile_in_place
-from lightning_lowbit.plugins.distributed import ignore_in_ddp, reduce_mean, reduce_sum, share_ignored
+from lightning_lowbit.plugins.distributed import ignore_in_ddp, reduce_max, reduce_mean, reduce_sum, share_ignored
 from lightning_lowbit.plugins.evaluation import validate_within_fit, validation_metrics
 from lightning_lowbit.plugins.label_free import reconstruct_within_fit
 from lightning_lowbit.plugins.patching import Patches
@@ -285,7 +285,7 @@ class Lifecycle(Callback):
 
     def step_context(self, trainer: Any) -> StepContext:
         total = None if self.schedule is None else self.schedule.run.total
-        return StepContext(self.step(trainer), total, reduce_sum, reduce_mean)
+        return StepContext(self.step(trainer), total, reduce_sum, reduce_mean, reduce_max)
 
     def _begin(self, trainer: Any, pl_module: Any) -> None:
         """Quantization starts: float metrics, calibration, calibrated metrics."""

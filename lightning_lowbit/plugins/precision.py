@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch.plugins.precision import Precision
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_lowbit.modules.base import StepContext, UpdateRule, low_bit_modules, switch_of
 from lightning_lowbit.modules.layers import LowBitLayer
@@ -72,7 +73,7 @@ def lowbit_step(
     switch.managed = True
     rule = rule_of(model)
     if context is None:
-        context = StepContext(_STEPS.get(model, 0), None, _same, _same)
+        context = StepContext(_STEPS.get(model, 0), None)
         _STEPS[model] = context.step + 1
 
     def after_backward() -> Any:
@@ -85,10 +86,6 @@ def lowbit_step(
     if rule is not None and switch.started:
         rule.step(owned_modules(model, optimizer), context)
     return result
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 class LowBitPrecision(Precision):
@@ -120,9 +117,7 @@ def _class_for(base: Any) -> Any:
         scaler = getattr(self, "scaler", None)
         context: StepContext = self.lowbit_context()
         if scaler is not None and scaler.is_enabled():
-            context = StepContext(
-                context.step, context.total_steps, context.reduce_sum, context.reduce_mean, scaler.get_scale()
-            )
+            context = dataclasses.replace(context, grad_scale=scaler.get_scale())
 
         def step(after_backward: Callable[[], Any]) -> Any:
             return base.optimizer_step(self, optimizer, model=model, closure=after_backward, **kwargs)

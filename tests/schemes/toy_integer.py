@@ -17,7 +17,6 @@ from lightning_lowbit.modules.layers import LowBitLayer
 from lightning_lowbit.numerics.exponent import ceil_log2, pow2
 
 __all__ = ["ToyInteger"]
-OFFSET = 128  # of an exponent in a table of counts
 
 
 def exponent_of(x: Tensor, bits: int = 8) -> Tensor:
@@ -72,13 +71,10 @@ class ToyRule(UpdateRule):
     def step(self, owned: set[str], context: StepContext) -> None:
         for path in sorted(owned & self.layers.keys()):
             layer = self.layers[path]
-            counts = torch.zeros(2 * OFFSET, dtype=torch.int64)
-            for _, exponent in layer.accumulated:
-                counts[int(exponent) + OFFSET] += 1
-            present = context.reduce_sum(counts).nonzero()
+            finest = -context.reduce_max(torch.stack([-exponent for _, exponent in layer.accumulated]).max())
             total = torch.zeros(layer.weight.shape, dtype=torch.int64)
             for acc, exponent in layer.accumulated:  # on the finest step that any process has
-                total += acc.long() << (int(exponent) - int(present[0]) + OFFSET)
+                total += acc.long() << int(exponent - finest)
             layer.accumulated.clear()
             total = context.reduce_sum(total)
             update = codes(total, exponent_of(total, self.scheme.update_bits), self.scheme.update_bits)
