@@ -61,7 +61,6 @@ class Switch:
         mode: what they do.
         started: whether quantization has begun; before, LOWBIT means float (warm-up).
         provisional: whether it began for an evaluation alone, of a network that was not trained in low bits.
-        second_pass: during OBSERVE, whether ranges are known and histograms are filled.
         ran: paths of the layers that ran since the set was emptied; None when nobody asks.
         tally: counts saturated values per quantizer; None when nobody asks.
         managed: whether somebody applies the update rule; training without one warns once.
@@ -71,7 +70,6 @@ class Switch:
     mode: Mode = Mode.LOWBIT
     started: bool = False
     provisional: bool = False
-    second_pass: bool = False
     ran: set[str] | None = None
     tally: Tally | None = None
     managed: bool = False
@@ -152,7 +150,6 @@ class Scheme:
     links: ClassVar[bool] = False  # exponents travel with every tensor (Link)
     carries_errors: ClassVar[bool] = False  # the error is an integer: training runs with autocast off
     reproducible: ClassVar[bool] = False  # the package's own sample order is used unless the user declines
-    exact_evaluation: ClassVar[bool] = True  # evaluation is integer arithmetic, but for the report's islands
 
     def replace(self, **options: Any) -> Self:
         """The same scheme with other options."""
@@ -238,9 +235,8 @@ def switch_of(root: nn.Module) -> Switch:
     for _, module in low_bit_modules(root):
         return module.switch
     raise ConfigError(
-        f"{type(root).__name__}: no low-bit layer found. Convert it first: "
-        "lightning_lowbit.convert(module, 'tqt'), or "
-        "run it in a Trainer with QuantCallback()."
+        f"{type(root).__name__}: no low-bit layer found. Convert it first: lightning_lowbit.convert(module, 'tqt'), "
+        "or run it in a Trainer with QuantCallback()."
     )
 
 

@@ -104,6 +104,5 @@ def _require_ran(root: nn.Module, ran: set[str], accepted: Callable[[str], bool]
             f"{silent[0]}: converted, but it did not run in calibration"
             + (f" (nor did {len(silent) - 1} more: {', '.join(silent[1:4])})" if len(silent) > 1 else "")
             + ". A layer that is bypassed stays float unseen. If that is meant, name it in skip=; otherwise "
-            "calibrate on "
-            "batches that reach it."
+            "calibrate on batches that reach it."
         )

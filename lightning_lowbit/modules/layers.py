@@ -48,7 +48,7 @@ class LowBitLayer(LowBitModule):
     lowbit_weight_grad: Quantizer | None
     lowbit_norm_frozen: Tensor
     norm: _BatchNorm | None
-    input_grid: Quantizer | None  # declares the grid on which the input arrives
+    input_grid: Quantizer | None  # declares the grid of what is multiplied: its own lowbit_input, or the producer's
 
     def prepare(self) -> None:
         """Empty slots on a module whose class has just become this one."""
@@ -182,7 +182,7 @@ class LowBitLayer(LowBitModule):
 
     def accumulator_exponent(self) -> Tensor | None:
         """log2 of one unit of the products' sum, ex + ew; None while a grid is open."""
-        source = self.lowbit_input if self.lowbit_input is not None else self.input_grid
+        source = self.input_grid
         if source is None or self.lowbit_weight is None or not (source.ready and self.lowbit_weight.ready):
             return None
         return source.exponent() + self.lowbit_weight.exponent()

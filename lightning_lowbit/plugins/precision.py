@@ -37,21 +37,21 @@ def owned_modules(model: nn.Module, optimizer: torch.optim.Optimizer) -> set[str
     Norms and operations go with the layer that stands nearest to them (the longest common path).
     """
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    paths = [path for path, _ in low_bit_modules(model)]
+    modules = dict(low_bit_modules(model))  # one walk: this runs in every step
     # A pruned layer's weight is computed; the parameter behind it has this name in torch.
     layers = {
         path: id(getattr(m, "weight_orig", m.weight)) in held
-        for path, m in low_bit_modules(model)
+        for path, m in modules.items()
         if isinstance(m, LowBitLayer)
     }
     if all(layers.values()):
-        return set(paths)
+        return set(modules)
 
     def common(a: str, b: str) -> int:
         parts = zip(a.split("."), b.split("."), strict=False)
         return next((n for n, (x, y) in enumerate(parts) if x != y), min(a.count("."), b.count(".")) + 1)
 
-    return {p for p in paths if layers.get(p, layers[max(layers, key=lambda q: common(p, q))])}
+    return {p for p in modules if layers.get(p, layers[max(layers, key=lambda q: common(p, q))])}
 
 
 def lowbit_step(

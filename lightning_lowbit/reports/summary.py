@@ -118,8 +118,7 @@ def claims(module: nn.Module, report: Summary) -> list[str]:
 
 def sums_exact(layer: LowBitLayer) -> bool | None:
     """Whether the layer's float32 sums are proved exact for its actual weights; None while a grid is open."""
-    source = layer.lowbit_input if layer.lowbit_input is not None else layer.input_grid
-    weight, unit = layer.lowbit_weight, layer.accumulator_exponent()
+    source, weight, unit = layer.input_grid, layer.lowbit_weight, layer.accumulator_exponent()
     if source is None or weight is None or unit is None:
         return None
     grid = source.grid()
@@ -220,15 +219,13 @@ def _lines(low: Sequence[tuple[str, LowBitModule]], rows: Sequence[Row]) -> list
 def _reads(module: LowBitModule) -> list[Quantizer]:
     """The quantizers that declare the grids of what a module computes with."""
     if isinstance(module, LowBitLayer):
-        source = module.lowbit_input if module.lowbit_input is not None else module.input_grid
-        return [q for q in (source, module.lowbit_weight, module.lowbit_accumulator) if q is not None]
+        return [q for q in (module.input_grid, module.lowbit_weight, module.lowbit_accumulator) if q is not None]
     return list(module.operand_grids) if isinstance(module, LowBitOp) else []
 
 
 def _formula(module: LowBitModule, tensors: Sequence[Quantizer]) -> str:
     if isinstance(module, LowBitLayer):
-        source = module.lowbit_input if module.lowbit_input is not None else module.input_grid
-        product = f"{_short(source)} × {_short(module.lowbit_weight)}"
+        product = f"{_short(module.input_grid)} × {_short(module.lowbit_weight)}"
         return product if module.lowbit_accumulator is None else f"{product} = {_short(module.lowbit_accumulator)}"
     if isinstance(module, LowBitAdd):
         return " + ".join(map(_short, tensors))
