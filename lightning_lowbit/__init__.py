@@ -9,26 +9,35 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lightning_lowbit.plugins.registration import register_strategies as _register_strategies
+
 if TYPE_CHECKING:
     from lightning_lowbit.callbacks.calibrate import Calibrate
+    from lightning_lowbit.callbacks.certificate import TrainingCertificate
     from lightning_lowbit.callbacks.fold import FoldBatchNorm
     from lightning_lowbit.callbacks.freeze import Freeze
     from lightning_lowbit.callbacks.quant import QuantCallback
     from lightning_lowbit.modules.base import Scheme, float_mode
     from lightning_lowbit.plugins.checkpoint import float_state_dict, load_from_checkpoint
     from lightning_lowbit.plugins.precision import LowBitPrecision, lowbit_step
+    from lightning_lowbit.plugins.strategy import LowBitDDPStrategy, LowBitStrategy
     from lightning_lowbit.reports.summary import summarize
     from lightning_lowbit.schemes import convert
+    from lightning_lowbit.schemes.niti import Niti
     from lightning_lowbit.schemes.tqt import Tqt
 
 __all__ = [
     "Calibrate",
     "FoldBatchNorm",
     "Freeze",
+    "LowBitDDPStrategy",
     "LowBitPrecision",
+    "LowBitStrategy",
+    "Niti",
     "QuantCallback",
     "Scheme",
     "Tqt",
+    "TrainingCertificate",
     "convert",
     "float_mode",
     "float_state_dict",
@@ -42,10 +51,14 @@ _HOME = {
     "Calibrate": "callbacks.calibrate",
     "FoldBatchNorm": "callbacks.fold",
     "Freeze": "callbacks.freeze",
+    "LowBitDDPStrategy": "plugins.strategy",
     "LowBitPrecision": "plugins.precision",
+    "LowBitStrategy": "plugins.strategy",
+    "Niti": "schemes.niti",
     "QuantCallback": "callbacks.quant",
     "Scheme": "modules.base",
     "Tqt": "schemes.tqt",
+    "TrainingCertificate": "callbacks.certificate",
     "convert": "schemes",
     "float_mode": "modules.base",
     "float_state_dict": "plugins.checkpoint",
@@ -61,9 +74,13 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
     globals()[name] = value  # so that the next use does not come here
+    _register_strategies()  # this may have been the first import of Lightning
     return value
 
 
 def __dir__() -> list[str]:
     """The public names, loaded or not, beside what is here already."""
     return sorted({*globals(), *__all__})
+
+
+_register_strategies()

@@ -5,6 +5,7 @@
     lightning-lowbit fit --config digits.yaml --quant.scheme tqt --quant.scheme.bits 4
     lightning-lowbit validate --config digits.yaml --ckpt_path last.ckpt
     lightning-lowbit schemes
+    lightning-lowbit verify --certificate version_0/certificate.json version_1/certificate.json
 
 ``quant`` takes the arguments of `QuantCallback`; ``quant.scheme: float`` converts nothing, for a baseline
 under the same file. Needs the extra ``cli``.
@@ -30,6 +31,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning_lowbit.callbacks.quant import QuantCallback
 from lightning_lowbit.errors import ConfigError, UnsupportedModelError, nearest
 from lightning_lowbit.modules.base import Scheme
+from lightning_lowbit.reports.certificate import compare, read_certificate
 from lightning_lowbit.schemes import registry
 
 __all__ = ["LowBitCLI", "main"]
@@ -50,9 +52,10 @@ class LowBitParser(LightningArgumentParser):
     """Lightning's parser; an unknown name comes back with the nearest one that exists."""
 
     def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
-        """Add the Trainer's subcommands, and `schemes`, which runs without a Trainer."""
+        """Add the Trainer's subcommands, and those that run without a Trainer."""
         action = super().add_subcommands(*args, **kwargs)
-        action.add_subcommand("schemes", type(self)(description=_SCHEMES_HELP), help=_SCHEMES_HELP)
+        for name, text in (("schemes", _SCHEMES_HELP), ("verify", _VERIFY_HELP)):
+            action.add_subcommand(name, type(self)(description=text), help=text)
         return action
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -120,7 +123,8 @@ def main(args: list[str] | None = None) -> None:
         args: the words after the program's name; None = those of this process.
 
     Raises:
-        SystemExit: status 2 for a wrong command line or setting, with the reason on stderr.
+        SystemExit: status 2 for a wrong command line or setting, with the reason on stderr; of ``verify`` status 1
+            where two runs part.
     """
     words = sys.argv[1:] if args is None else args
     set_loader(LOADER, _load_yaml, exceptions=(yaml.YAMLError,))
@@ -129,6 +133,8 @@ def main(args: list[str] | None = None) -> None:
             ArgumentParser(prog="lightning-lowbit schemes", description=_SCHEMES_HELP).parse_args(words[1:])
             print(_schemes_table())
             return
+        if words[:1] == ["verify"]:
+            raise SystemExit(_verify(words[1:]))
         # Makes `model: DigitsCnn` a known name. Imported by name: demos stands above this file.
         importlib.import_module(DEMOS)
         LowBitCLI(
@@ -147,6 +153,20 @@ def main(args: list[str] | None = None) -> None:
 
 
 _SCHEMES_HELP = "List the schemes that quant.scheme knows by name, with their options."
+_VERIFY_HELP = "Say whether two runs hold the same bits, and at which step and in which layer they part."
+
+
+def _verify(words: list[str]) -> int:
+    """Exit status: 0 where everything agrees, 1 where it does not."""
+    parser = ArgumentParser(prog="lightning-lowbit verify", description=_VERIFY_HELP)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--certificate", nargs=2, metavar=("A", "B"), help="certificate.json, or a checkpoint, of either run"
+    )
+    a, b = map(read_certificate, parser.parse_args(words).certificate)
+    found = compare(a, b)
+    print(found)
+    return int(found.parting is not None)
 
 
 def _schemes_table() -> str:

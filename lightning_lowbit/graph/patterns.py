@@ -21,14 +21,17 @@ from lightning_lowbit.graph.trace import CallKey
 __all__ = ["LayerPlan", "OpPlan", "Plan", "Site", "make_plan"]
 
 
-def make_plan(root: nn.Module, flow: Flow, convertible: set[str], kept: set[str]) -> Plan:
-    """Plan the conversion of the layers in ``convertible``; ``kept`` are norms that must not be folded."""
-    return _Planner(root, flow, convertible, kept).plan()
+def make_plan(root: nn.Module, flow: Flow, convertible: set[str], kept: set[str], islands: Iterable[str] = ()) -> Plan:
+    """Plan the conversion of the layers in ``convertible``.
+
+    ``kept`` are norms that must not be folded; ``islands`` those that, where they are not, take and give integers.
+    """
+    return _Planner(root, flow, convertible, kept, set(islands)).plan()
 
 
 class _Planner:
-    def __init__(self, root: nn.Module, flow: Flow, convertible: set[str], kept: set[str]) -> None:
-        self.root, self.flow, self.convertible, self.kept = root, flow, convertible, kept
+    def __init__(self, root: nn.Module, flow: Flow, convertible: set[str], kept: set[str], islands: set[str]) -> None:
+        self.root, self.flow, self.convertible, self.kept, self.islands = root, flow, convertible, kept, islands
         self.result = Plan()
         self.by_path: dict[str, list[Call]] = defaultdict(list)
         for call in flow.calls:
@@ -44,6 +47,8 @@ class _Planner:
     # -- the passes, in order -----------------------------------------------------------------------------
     def plan(self) -> Plan:
         self._pair_norms()
+        self.islands -= set(self.fold.values())
+        self.result.islands = [path for path in self.by_path if path in self.islands]
         self._leave_float()
         self._name_ops()
         for call in self.flow.calls:
@@ -149,7 +154,7 @@ class _Planner:
         if call.kind is Kind.COMPUTE:
             return call.path not in self.convertible
         if call.kind is Kind.BATCH_NORM:
-            return call.path not in self.fold.values()
+            return call.path not in self.fold.values() and call.path not in self.islands
         return call.kind not in PRODUCERS
 
     def _produce(self, call: Call) -> None:
@@ -165,7 +170,7 @@ class _Planner:
         if known is not None:  # called again: one rule for all calls, the wider role wins
             role = "operand" if "operand" in (role, known.role) else "output"
         pattern, op = self._pattern(call), call.kind.value
-        if call.kind in (Kind.COMPUTE, Kind.BATCH_NORM):
+        if call.kind in (Kind.COMPUTE, Kind.BATCH_NORM) and call.path not in self.islands:
             op = "conv"
         self.sites[key] = Site(path, role, op, pattern, self._signed(call), slot="lowbit_output")
 

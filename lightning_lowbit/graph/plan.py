@@ -18,7 +18,8 @@ class Site:
 
     Attributes:
         path: module that owns the quantizer; its parameters live under ``{path}.{slot}``.
-        role: input, weight, bias, accumulator, output, operand, error or weight_grad.
+        role: input, weight, bias, accumulator, output, operand, error or weight_grad; sum is what an operation without
+            weights has computed and not yet rounded.
         op: conv2d, linear, relu, add, cat, avg_pool, ...
         pattern: what was merged, e.g. ``conv2d+bn+relu``.
         signed: False behind a rectifier, True where negative values are sure, None = the data decide.
@@ -78,6 +79,7 @@ class Plan:
     sites: list[Site] = field(default_factory=list)
     ties: list[list[str]] = field(default_factory=list)  # site keys that share one step
     same_grid: set[str] = field(default_factory=set)  # of those, keys that share the sign too (concat)
+    islands: list[str] = field(default_factory=list)  # batch norms that take and give integers
     operands: dict[str, list[str]] = field(default_factory=dict)  # op path -> keys that declare its operands' grids
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -15,16 +15,19 @@ from torch import Tensor, nn
 
 from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.graph.plan import Site
-from lightning_lowbit.modules.links import Link, Links
 from lightning_lowbit.modules.moments import Moment
 
 if TYPE_CHECKING:
     from lightning_lowbit.modules.quantizer import Quantizer
 
 __all__ = [
-    "Link", "Links", "LowBitModule", "Milestone", "Mode", "Moment", "Scheme", "Site", "StepContext", "Switch",
+    "LowBitModule", "Milestone", "Mode", "Moment", "Run", "Scheme", "Site", "StepContext", "Switch",
     "Tally", "UpdateRule", "float_mode", "low_bit_modules", "switch_of",
 ]  # fmt: skip
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class Mode(Enum):
@@ -54,6 +57,40 @@ class Tally:
 
 
 @dataclass
+class Run:
+    """Where in a run, and in which of its processes, a batch is computed: what integer arithmetic depends on.
+
+    Attributes:
+        reduce_max, reduce_sum: over the processes of a run, of integer tensors; identity on one.
+        rank, world: this process and how many there are; sample i of this rank is number i * world + rank of the
+            batch that one process would have had.
+        batch: training batches since the run began; with the scheme's seed it keys all random integers.
+        blank: this rank's batch is one repeated sample, which counts for nothing.
+        clamped: exponents that had to move into the range of float32 carriers, so far.
+        float_errors: paths of modules that a float error has reached, so far.
+        injected: gives the random integers in place of the counter-based generator, for comparisons with other code.
+    """
+
+    reduce_max: Callable[[Tensor], Tensor] = _same
+    reduce_sum: Callable[[Tensor], Tensor] = _same
+    rank: int = 0
+    world: int = 1
+    batch: int = 0
+    blank: bool = False
+    clamped: Tensor | int = 0
+    float_errors: set[str] = field(default_factory=set)
+    injected: Callable[[str, str, int, int], Tensor] | None = None  # path, purpose, samples, per sample
+
+    @property
+    def error_bits(self) -> int:
+        """log2 of the factor on all errors that the mean of float gradients over processes takes back.
+
+        A power of two, so that any number of processes rounds the same codes.
+        """
+        return (self.world - 1).bit_length()
+
+
+@dataclass
 class Switch:
     """The one switch that all low-bit modules of a network share.
 
@@ -65,6 +102,7 @@ class Switch:
         tally: counts saturated values per quantizer; None when nobody asks.
         managed: whether somebody applies the update rule; training without one warns once.
         conversion: the record of what was converted (modules.convert.Report).
+        run: what integer arithmetic must know of the present batch.
     """
 
     mode: Mode = Mode.LOWBIT
@@ -74,6 +112,7 @@ class Switch:
     tally: Tally | None = None
     managed: bool = False
     conversion: Any = None
+    run: Run = field(default_factory=lambda: Run())
 
     @property
     def folding(self) -> bool:
@@ -92,10 +131,6 @@ class Milestone:
     what: str
 
 
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
-
-
 @dataclass(frozen=True)
 class StepContext:
     """What an update rule may know of the run.
@@ -104,6 +139,8 @@ class StepContext:
         step, total_steps: optimizer steps done and estimated; total is None when it is infinite.
         reduce_sum, reduce_mean, reduce_max: over the processes; sums and maxima of integer tensors are exact.
             Identity on one.
+        reduce_sums: of several integer tensors, in one exchange for each of their types.
+        world: number of processes.
         grad_scale: factor on all gradients (16-bit mixed precision), 1 without.
     """
 
@@ -112,6 +149,8 @@ class StepContext:
     reduce_sum: Callable[[Tensor], Tensor] = _same
     reduce_mean: Callable[[Tensor], Tensor] = _same
     reduce_max: Callable[[Tensor], Tensor] = _same
+    reduce_sums: Callable[[list[Tensor]], list[Tensor]] = list
+    world: int = 1
     grad_scale: float = 1.0
 
 
@@ -134,6 +173,14 @@ class UpdateRule(ABC):
         """Names of trained parameters that hold a gradient which no step has used."""
         return []
 
+    def logged(self) -> dict[str, float]:
+        """What the rule does at present, by the names under which a learning-rate monitor logs it."""
+        return {}
+
+    def stopped(self) -> list[str]:
+        """Paths of layers that no longer learn, for the report."""
+        return []
+
     def state_dict(self) -> dict[str, Any]:
         """Plain types and tensors, by parameter name."""
         return {}
@@ -147,9 +194,9 @@ class Scheme:
     """A published low-bit scheme; concrete schemes are frozen dataclasses whose fields are its options."""
 
     name: ClassVar[str] = ""
-    links: ClassVar[bool] = False  # exponents travel with every tensor (Link)
-    carries_errors: ClassVar[bool] = False  # the error is an integer: training runs with autocast off
+    carries_errors: ClassVar[bool] = False  # tensors and errors are carriers; training runs with autocast off
     reproducible: ClassVar[bool] = False  # the package's own sample order is used unless the user declines
+    ties: ClassVar[bool] = True  # tensors that are added or joined share one step
 
     def replace(self, **options: Any) -> Self:
         """The same scheme with other options."""
@@ -159,17 +206,41 @@ class Scheme:
         """The quantizer of one tensor; None leaves it as it is."""
         return None
 
-    def batch_norm(self, site: Site) -> str:
-        """What becomes of a norm behind a layer (``site`` is its output): keep | fold | quantize | island."""
+    def batch_norm(self, site: Site, norm: nn.Module) -> str:
+        """What becomes of a batch norm (``site`` is its output): keep | fold | quantize | island | fold_or_island.
+
+        What is folded stands directly behind a layer; an island, where integers come in and go out, stands anywhere.
+        """
         return "keep"
 
-    def compute(self, layer: nn.Module, *operands: Any, **settings: Any) -> Tensor:
-        """The operation itself; for a layer the operands are input, weight and bias (None without).
+    def adapted_to(self, root: nn.Module, pretrained: bool) -> Self:
+        """The scheme with what its user left open decided for one network, before that is converted.
 
-        Where ``links`` are laid, a scheme takes the exponents of the operands from ``layer.links.receive()``
-        and hands that of its result to ``layer.links.send()``.
+        Args:
+            root: the float network.
+            pretrained: whether weights from elsewhere will be loaded into it.
         """
-        return layer.op(*operands, **settings)  # type: ignore[no-any-return, operator]  # layers have op
+        return self
+
+    def like(self, other: Scheme) -> Self:
+        """The scheme with what its user left open decided as in ``other``, of a network that is converted."""
+        return self
+
+    def leaves_float(self, module: nn.Module) -> str | None:
+        """Why a layer that could be converted stays float under this scheme; None converts it."""
+        return None
+
+    def forward(self, layer: Any, x: Tensor) -> Tensor:
+        """A converted layer's whole forward: by default operands and result quantized around ``compute``."""
+        return layer.quantized(x)  # type: ignore[no-any-return]
+
+    def functions(self) -> Mapping[Any, Callable[..., Any]]:
+        """Functions of torch that are integer operations on a ``Carrier``; NotImplemented leaves a call to torch."""
+        return {}
+
+    def compute(self, layer: Any, *operands: Any, **settings: Any) -> Tensor:
+        """The operation itself; for a layer the operands are input, weight and bias (None without)."""
+        return layer.op(*operands, **settings)  # type: ignore[no-any-return]  # layers have op
 
     def prepare(self, layer: nn.Module) -> None:
         """A last word on a converted layer before the run, e.g. weights moved onto their integer grid."""
@@ -202,7 +273,8 @@ class LowBitModule(nn.Module):
         path: where it stands in the converted network.
         scheme, switch: shared by the whole network.
         pattern: what was merged, for the report.
-        ungraded: names of parameters that the scheme updates itself and that get no gradient.
+        ungraded: names of parameters whose gradients DistributedDataParallel must not expect: the scheme updates them
+            itself, or has their gradients from all processes already.
     """
 
     ungraded: tuple[str, ...] = ()
@@ -210,14 +282,16 @@ class LowBitModule(nn.Module):
     scheme: Scheme
     switch: Switch
     pattern: str
-    links: Links  # laid where Scheme.links
 
     def attach(self, path: str, scheme: Scheme, switch: Switch, pattern: str) -> None:
         self.path, self.scheme, self.switch, self.pattern = path, scheme, switch, pattern
-        self.links = Links()
 
     def milestone(self, what: str, reached: bool) -> None:
         """A scheduled event; modules ignore what is not theirs."""
+
+    def integer_state(self) -> dict[str, Tensor]:
+        """The integers that the module is trained to, by name; empty where its state is float."""
+        return {}
 
     def note_run(self) -> None:
         if self.switch.ran is not None:

@@ -9,13 +9,15 @@ import torch
 from torch import nn
 
 from lightning_lowbit.errors import ConfigError
-from lightning_lowbit.graph.network import Flow, follow
+from lightning_lowbit.graph.network import Call, Flow, follow
 from lightning_lowbit.graph.ops import Kind, multiplies
 from lightning_lowbit.graph.patterns import make_plan
 from lightning_lowbit.graph.plan import LayerPlan, OpPlan, Plan, Site
 from lightning_lowbit.graph.rewrite import TracedForward
+from lightning_lowbit.graph.trace import CallKey
 from lightning_lowbit.modules.base import LowBitModule, Scheme, Switch, low_bit_modules
 from lightning_lowbit.modules.elementwise import LowBitOp, make_op
+from lightning_lowbit.modules.exits import place_exits
 from lightning_lowbit.modules.layers import LAYERS, LowBitLayer
 from lightning_lowbit.modules.norm import NORMS
 from lightning_lowbit.modules.quantizer import Quantizer
@@ -30,7 +32,6 @@ from lightning_lowbit.modules.selection import (
     wanted_layers,
 )
 from lightning_lowbit.modules.slow_path import SlowPath
-from lightning_lowbit.modules.wiring import connect
 
 __all__ = [
     "PassThrough",
@@ -106,10 +107,12 @@ def convert_module(
         )
     check_patterns(root, selection)
     check_layers(root, selection)
-    wanted = wanted_layers(root, selection)
-    result = Report(skipped=left_out(root, selection), float_by_nature=float_by_nature(root))
+    wanted = wanted_layers(root, selection, scheme)
+    result = Report(skipped=left_out(root, selection, scheme), float_by_nature=float_by_nature(root))
     flow = follow(root)
-    plan = make_plan(root, flow, wanted, norms_to_keep(root, scheme))
+    plan = make_plan(root, flow, wanted, *norms_to_keep(root, scheme))
+    if not scheme.ties:
+        plan.ties = []
     result.uncovered = _uncovered(root, flow, wanted)
     builder = _Builder(root, scheme, plan, flow)
     builder.build(ties)
@@ -148,20 +151,26 @@ class _Builder:
             self._op(op)
         for layer in self.plan.layers:
             self._layer(layer)
+        for path in self.plan.islands:
+            self._norm(path, "bn").island = True
         for site in self.plan.sites:
             self._quantizer(site)
         for layer in self.plan.layers:
             self._finish_layer(layer)
+        for op in self.plan.ops:
+            self._operation(op.path, op.kind.value)
+        for path in self.plan.islands:
+            self._operation(path, Kind.BATCH_NORM.value)
         self._operand_grids()
         self._tie(self.plan.ties if ties is None else ties, exact=ties is not None)
-        if self.scheme.links:
-            connect(self.root, self.flow, self.plan)
+        if self.scheme.carries_errors:
+            place_exits(self.root, self.flow, self.plan)
         self._rewrite()
         for module in self.root.modules():
             if SlowPath.applies(module) and "forward" not in module.__dict__ and _holds_low_bit(module):
                 module.__dict__["forward"] = SlowPath(module, self.switch)
         for _, module in low_bit_modules(self.root):
-            if isinstance(module, LowBitLayer):
+            if not isinstance(module, LowBitOp):
                 self.scheme.prepare(module)
 
     def _op(self, plan: OpPlan) -> None:
@@ -183,11 +192,14 @@ class _Builder:
         layer.attach(plan.path, self.scheme, self.switch, plan.pattern)
         layer.prepare()
         if plan.batch_norm is not None:
-            norm: Any = self.root.get_submodule(plan.batch_norm)
-            norm.__class__ = NORMS[type(norm)]
-            norm.attach(plan.batch_norm, self.scheme, self.switch, plan.pattern)
-            norm.prepare()
-            layer.fold(norm)
+            layer.fold(self._norm(plan.batch_norm, plan.pattern))
+
+    def _norm(self, path: str, pattern: str) -> Any:
+        norm: Any = self.root.get_submodule(path)
+        norm.__class__ = NORMS[type(norm)]
+        norm.attach(path, self.scheme, self.switch, pattern)
+        norm.prepare()
+        return norm
 
     def _quantizer(self, site: Site) -> None:
         quantizer = self.scheme.quantizer(site)
@@ -196,6 +208,7 @@ class _Builder:
         quantizer.switch = self.switch
         owner = self.root.get_submodule(site.path)
         owner.add_module(site.slot or f"lowbit_{site.role}", _placed_like(quantizer, owner, self.root))
+        quantizer.train(owner.training)
         self.made[site.key] = quantizer
         if not isinstance(owner, LowBitModule):  # an activation module of the user's: its result passes the quantizer
             owner.register_forward_hook(PassThrough(quantizer))
@@ -217,11 +230,36 @@ class _Builder:
             if quantizer is not None:
                 quantizer.__dict__["layer"] = layer
 
+    def _operation(self, path: str, kind: str) -> None:
+        """Operations and islands have sums and errors too."""
+        for role, slot in (("sum", "lowbit_accumulator"), ("error", "lowbit_error")):
+            self._quantizer(Site(path, role, kind, slot=slot))
+
     def _operand_grids(self) -> None:
         for key, names in self.plan.operands.items():
             module = self.root.get_submodule(key)
             if isinstance(module, LowBitOp):
                 module.__dict__["operand_grids"] = [self.made[name] for name in names if name in self.made]
+        places = {(op.owner, op.key): op.path for op in self.plan.ops}
+        for call in self.flow.calls:  # where a scheme rounds sums, those declare the grid of whatever reads them
+            path = places.get((call.owner, call.key), call.path)
+            target = None if path is None else self.root.get_submodule(path)
+            declared = [self._declared(source, places) for source in call.inputs]
+            if isinstance(target, LowBitLayer) and target.input_grid is None and declared:
+                target.__dict__["input_grid"] = declared[0]
+            elif isinstance(target, LowBitOp) and not target.operand_grids:
+                target.__dict__["operand_grids"] = [quantizer for quantizer in declared if quantizer is not None]
+
+    def _declared(self, call: Call, places: dict[tuple[str, CallKey], str]) -> Quantizer | None:
+        """The quantizer whose grid a call's values lie on, looked for along the way that they came."""
+        while True:
+            path = places.get((call.owner, call.key), call.path)
+            for slot in ("lowbit_output", "lowbit_accumulator"):
+                if f"{path}.{slot}" in self.made:
+                    return self.made[f"{path}.{slot}"]
+            if call.kind not in (Kind.KEEP, Kind.RELU, Kind.BATCH_NORM) or not call.inputs:
+                return None
+            call = call.inputs[0]
 
     def _tie(self, ties: list[list[str]], exact: bool) -> None:
         for tie in ties:

@@ -27,12 +27,16 @@ class LowBitOp(LowBitModule):
 
     lowbit_kind: Kind
     lowbit_output: Quantizer | None
+    lowbit_accumulator: Quantizer | None
+    lowbit_error: Quantizer | None
     operand_grids: list[Quantizer]  # declare the grids of the operands
     replaced: nn.Module | None  # the user's module in whose place it stands
 
     def __init__(self) -> None:
         super().__init__()
         self.register_module("lowbit_output", None)
+        self.register_module("lowbit_accumulator", None)
+        self.register_module("lowbit_error", None)
         self.overwrites = False
         self.__dict__["operand_grids"] = []
         self.__dict__["replaced"] = None

@@ -80,22 +80,27 @@ class LowBitLayer(LowBitModule):
         with self.precision(x):
             if self.full_precision() and x.dtype != torch.float64:
                 x = x.float()
-            x = on(self.lowbit_input, x)
-            weight, bias = self.effective(x)
-            if self.lowbit_weight_grad is not None:
-                weight = gate_backward(weight, self.lowbit_weight_grad.quantize)
-            weight = on(self.lowbit_weight, weight)
-            if self.lowbit_accumulator is None:
-                y = self.scheme.compute(self, x, weight, bias if bias is None else on(self.lowbit_bias, bias))
-            else:
-                y = on(self.lowbit_accumulator, self.scheme.compute(self, x, weight, None))
-                if bias is not None:
-                    y = y + self._along_channels(on(self.lowbit_bias, bias), y)
-            if self.lowbit_error is not None:
-                y = gate_backward(y, self.lowbit_error.quantize)
+            y = self.scheme.forward(self, x)
             if not self.switch.managed and y.requires_grad:
                 y.register_hook(self._unmanaged)  # type: ignore[no-untyped-call]  # torch does not type it
-            return on(self.lowbit_output, y)
+            return y
+
+    def quantized(self, x: Tensor) -> Tensor:
+        """Operands quantized, multiplied and added, the result quantized: what Scheme.forward does by default."""
+        x = on(self.lowbit_input, x)
+        weight, bias = self.effective(x)
+        if self.lowbit_weight_grad is not None:
+            weight = gate_backward(weight, self.lowbit_weight_grad.quantize)
+        weight = on(self.lowbit_weight, weight)
+        if self.lowbit_accumulator is None:
+            y = self.scheme.compute(self, x, weight, bias if bias is None else on(self.lowbit_bias, bias))
+        else:
+            y = on(self.lowbit_accumulator, self.scheme.compute(self, x, weight, None))
+            if bias is not None:
+                y = y + self._along_channels(on(self.lowbit_bias, bias))
+        if self.lowbit_error is not None:
+            y = gate_backward(y, self.lowbit_error.quantize)
+        return on(self.lowbit_output, y)
 
     def _unmanaged(self, grad: Tensor) -> None:
         """Somebody trains, and nobody would apply the scheme's update rule: said once."""
@@ -164,10 +169,8 @@ class LowBitLayer(LowBitModule):
         else:
             yield
 
-    def _along_channels(self, bias: Tensor, y: Tensor) -> Tensor:
-        if self.channel_axis == -1:
-            return bias
-        return bias.reshape(-1, *([1] * (y.dim() - 2)))
+    def _along_channels(self, bias: Tensor) -> Tensor:
+        return bias if self.channel_axis == -1 else bias.reshape(-1, *([1] * (self.weight.dim() - 2)))
 
     # -- over time, and for reports -----------------------------------------------------------------------
     def milestone(self, what: str, reached: bool) -> None:

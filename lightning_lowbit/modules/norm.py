@@ -1,4 +1,4 @@
-"""What stands in the place of a folded batch norm: itself in a float network, nothing once folded."""
+"""What stands in the place of a batch norm: itself in a float network; once folded nothing, as an island integers."""
 
 from __future__ import annotations
 
@@ -18,14 +18,26 @@ class LowBitBatchNorm(LowBitModule):
 
     lowbit_kind = Kind.BATCH_NORM
     lowbit_output: Quantizer | None
+    lowbit_accumulator: Quantizer | None
+    lowbit_error: Quantizer | None
+    island: bool
     _check_input_dim: Callable[[Tensor], None]  # of torch's batch norm behind it
 
     def prepare(self) -> None:
         self.register_module("lowbit_output", None)
+        self.register_module("lowbit_accumulator", None)
+        self.register_module("lowbit_error", None)
+        self.island = False
+
+    def op(self, x: Tensor) -> Tensor:
+        """The float operation."""
+        return super().forward(x)  # type: ignore[no-any-return]  # of torch's batch norm behind it
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.switch.folding:
-            return super().forward(x)  # type: ignore[no-any-return]
+            return self.op(x)
+        if self.island:
+            return on(self.lowbit_output, self.scheme.compute(self, x))
         self._check_input_dim(x)
         return on(self.lowbit_output, x)
 

@@ -78,6 +78,9 @@ class Quantizer(nn.Module):
         """Set the grid from what was seen and mark the tie ready; a tensor of zeros only stays open."""
         self.set_ready()
 
+    def settle(self, reset: bool) -> None:
+        """An epoch of training ended, or (without ``reset``) a validation begins: take over what was seen in it."""
+
     # -- what all share -----------------------------------------------------------------------------------
     def forward(self, x: Tensor, rectify: bool = False) -> Tensor:
         mode = self.switch.mode

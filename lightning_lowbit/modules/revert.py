@@ -7,18 +7,18 @@ from torch import nn
 from lightning_lowbit.graph.rewrite import TracedForward
 from lightning_lowbit.modules.convert import PassThrough
 from lightning_lowbit.modules.elementwise import LowBitOp
+from lightning_lowbit.modules.exits import Exit
 from lightning_lowbit.modules.layers import LAYERS, LowBitLayer
 from lightning_lowbit.modules.norm import NORMS, LowBitBatchNorm
 from lightning_lowbit.modules.quantizer import Quantizer
 from lightning_lowbit.modules.slow_path import SlowPath
-from lightning_lowbit.modules.wiring import Rewind
 
 __all__ = ["revert"]
 
 _FLOAT = {low: plain for plain, low in (*LAYERS.items(), *NORMS.items())}
 _STATE = (
-    "norm", "input_grid", "path", "scheme", "switch", "pattern", "links", "norm_frozen", "requested",
-    "ungraded",
+    "norm", "input_grid", "path", "scheme", "switch", "pattern", "norm_frozen", "requested",
+    "ungraded", "gathered", "island",
 )  # fmt: skip
 
 
@@ -37,7 +37,7 @@ def revert(root: nn.Module) -> None:
                     parent._modules[name] = child.replaced
         for hooks in (parent._forward_hooks, parent._forward_pre_hooks):
             for key, hook in list(hooks.items()):
-                if isinstance(hook, (PassThrough, Rewind)):
+                if isinstance(hook, (PassThrough, Exit)):
                     del hooks[key]
     for module in root.modules():
         if isinstance(module, (LowBitLayer, LowBitBatchNorm)):

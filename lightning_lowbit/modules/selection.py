@@ -90,7 +90,7 @@ def check_layers(root: nn.Module, selection: Selection) -> None:
             )
 
 
-def wanted_layers(root: nn.Module, selection: Selection) -> set[str]:
+def wanted_layers(root: nn.Module, selection: Selection, scheme: Scheme) -> set[str]:
     """Paths of the layers to convert; ConfigError if there is none."""
     layers = [path for path, module in root.named_modules() if type(module) in COMPUTE]
     if "" in layers:
@@ -98,7 +98,7 @@ def wanted_layers(root: nn.Module, selection: Selection) -> set[str]:
             f"{type(root).__name__}: the module itself is one layer, which cannot be replaced in place. Put "
             "it in a container, e.g. nn.Sequential(layer)."
         )
-    skipped = left_out(root, selection)
+    skipped = left_out(root, selection, scheme)
     wanted = {path for path in layers if path not in skipped}
     if not wanted:
         lazy = any(isinstance(m, nn.modules.lazy.LazyModuleMixin) for m in root.modules())
@@ -116,7 +116,7 @@ def _count(reasons: Iterable[str]) -> str:
     return ", ".join(f"{reasons.count(reason)} {reason}" for reason in dict.fromkeys(reasons))
 
 
-def left_out(root: nn.Module, selection: Selection) -> dict[str, str]:
+def left_out(root: nn.Module, selection: Selection, scheme: Scheme) -> dict[str, str]:
     """Layers that multiply and are not converted: path -> reason."""
     found: dict[str, str] = {}
     module: nn.Module
@@ -133,6 +133,8 @@ def left_out(root: nn.Module, selection: Selection) -> dict[str, str]:
             found[path] = f"{type(module).__qualname__} is a subclass of a torch layer with code of its own"
         elif not selection.wants(path, module):
             found[path] = "not in include="
+        elif (reason := scheme.leaves_float(module)) is not None:
+            found[path] = reason
     return found
 
 
@@ -150,13 +152,18 @@ def float_by_nature(root: nn.Module) -> dict[str, list[str]]:
     return found
 
 
-def norms_to_keep(root: nn.Module, scheme: Scheme) -> set[str]:
-    """Paths of batch norms that the scheme does not fold, or that have no moving statistics to fold with."""
-    kept = set()
+def norms_to_keep(root: nn.Module, scheme: Scheme) -> tuple[set[str], set[str]]:
+    """Paths of batch norms that must not be folded (by the scheme, or for want of moving statistics), and of islands.
+
+    Some may be both foldable and islands: those become islands where no layer stands directly before them.
+    """
+    kept, islands = set(), set()
     for path, module in root.named_modules():
         if isinstance(module, _BatchNorm):
             foldable = type(module) in NORMS and module.track_running_stats and module.running_mean is not None
-            answer = scheme.batch_norm(Site(path, "output", "batch_norm"))
-            if not foldable or answer != "fold":
+            answer = scheme.batch_norm(Site(path, "output", "batch_norm"), module)
+            if not foldable or answer not in ("fold", "fold_or_island"):
                 kept.add(path)
-    return kept
+            if type(module) in NORMS and answer in ("island", "fold_or_island"):
+                islands.add(path)
+    return kept, islands

@@ -39,12 +39,22 @@ from lightning_lowbit.plugins.checkpoint import (
     write_spec,
 )
 from lightning_lowbit.plugins.compiling import compile_in_place
-from lightning_lowbit.plugins.distributed import ignore_in_ddp, reduce_max, reduce_mean, reduce_sum, share_ignored
+from lightning_lowbit.plugins.distributed import (
+    ignore_in_ddp,
+    reduce_max,
+    reduce_mean,
+    reduce_sum,
+    reduce_sum_flat,
+    share_ignored,
+    world_size,
+)
 from lightning_lowbit.plugins.evaluation import validate_within_fit, validation_metrics
+from lightning_lowbit.plugins.integer_run import begin_batch, end_run, log_rule, run_notes, settle
 from lightning_lowbit.plugins.label_free import reconstruct_within_fit
 from lightning_lowbit.plugins.patching import Patches
 from lightning_lowbit.plugins.precision import low_bit, rule_of
 from lightning_lowbit.plugins.presence import Presence
+from lightning_lowbit.plugins.registration import register_strategies
 from lightning_lowbit.plugins.resume import ResumeState
 from lightning_lowbit.plugins.schedule import Schedule, run_length
 from lightning_lowbit.plugins.swap import has_layers, swap, swap_for_checkpoint
@@ -52,6 +62,8 @@ from lightning_lowbit.reports.summary import print_report
 from lightning_lowbit.schemes import resolve
 
 __all__ = ["Lifecycle"]
+
+register_strategies()
 
 
 class Lifecycle(Callback):
@@ -69,11 +81,12 @@ class Lifecycle(Callback):
         evaluate: bool = True,
         resume_order: bool | None = None,
     ) -> None:
+        register_strategies()  # a namespace that was imported behind this file
         check_moment("start", start)
         if calibrate_batches < 1:
             raise ConfigError(f"calibrate_batches={calibrate_batches}: expected at least 1.")
         self.by_name = isinstance(scheme, str)  # then a checkpoint's options win over the defaults
-        self.scheme = resolve(scheme)
+        self.asked = self.scheme = resolve(scheme)  # the second: with what was left open decided for the network
         self.selection = Selection.of(skip, include)
         self.init_from, self.calibrate_batches, self.start = init_from, calibrate_batches, start
         self.compile, self.evaluate, self.resume_order = compile, evaluate, resume_order
@@ -83,7 +96,7 @@ class Lifecycle(Callback):
         self.schedule: Schedule | None = None
         self.rule: UpdateRule | None = None
         self._patches = Patches()
-        self._resume = ResumeState(0 if (self.scheme.reproducible if resume_order is None else resume_order) else None)
+        self.resume = ResumeState(0 if (self.scheme.reproducible if resume_order is None else resume_order) else None)
         self._presence = Presence(self.selection)
         self._restored: dict[str, Any] | None = None  # the run's section of the checkpoint that was read
         self._initialized: weakref.ref[nn.Module] | None = None  # the module that has the weights of init_from
@@ -108,7 +121,7 @@ class Lifecycle(Callback):
         if stage == "fit":
             checks.check_neighbors(trainer, self)
             self.schedule, self._max_epochs = None, trainer.max_epochs
-            self._resume.attach(trainer)  # the loaders may be asked for as early as in configure_optimizers
+            self.resume.attach(trainer)  # the loaders may be asked for as early as in configure_optimizers
         # Plain functions bound by partial: a deepcopy of the module rebinds them to the copy.
         for name, function in (
             ("configure_model", self._configure_model), ("on_load_checkpoint", self._on_load_checkpoint),
@@ -149,7 +162,7 @@ class Lifecycle(Callback):
         rank_zero_info(f"lightning_lowbit: weights from {self.init_from}")
 
     def _swap(self, trainer: Any, pl_module: Any) -> None:
-        self.scheme = swap(pl_module, self.scheme, self.by_name, self.selection)
+        self.scheme = swap(pl_module, self.scheme, self.by_name, self.selection, self.init_from is not None)
         ignore_in_ddp(pl_module, trainer.strategy, self._patches)
         if not hasattr(trainer.strategy.precision_plugin, "lowbit_model"):
             plugin = low_bit(
@@ -167,7 +180,8 @@ class Lifecycle(Callback):
                 )
             add_open_keys(checkpoint["state_dict"], pl_module)
         else:
-            self.scheme = swap_for_checkpoint(pl_module, read_scheme(spec), self.scheme, self.by_name, self.selection)
+            saved = read_scheme(spec)
+            self.scheme = swap_for_checkpoint(pl_module, saved, self.asked.like(saved), self.by_name, self.selection)
             compare_spec(spec, pl_module)
             check_shapes(checkpoint["state_dict"], pl_module)
             reset(pl_module)  # what is open or calibrated is what the file says
@@ -190,7 +204,7 @@ class Lifecycle(Callback):
             spec["run"] = {
                 "schedule": self.schedule.state_dict(),
                 "rule": {} if self.rule is None else self.rule.state_dict(),
-                "resume": self._resume.state_dict(trainer),
+                "resume": self.resume.state_dict(trainer),
                 "metrics": {name: dict(values) for name, values in self.metrics.items()},
                 "max_epochs": self._max_epochs,
             }
@@ -223,7 +237,7 @@ class Lifecycle(Callback):
             self.metrics = {name: dict(values) for name, values in self._restored["metrics"].items()}
             if self.rule is not None:
                 self.rule.load_state_dict(self._restored["rule"])
-            self._resume.load_state_dict(self._restored["resume"])
+            self.resume.load_state_dict(self._restored["resume"])
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         switch = switch_of(pl_module)
@@ -256,6 +270,8 @@ class Lifecycle(Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._tick(trainer, pl_module)
+        begin_batch(trainer, pl_module, batch_idx)
+        log_rule(trainer, self.rule, "step")
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         whole = switch_of(pl_module).started and not trainer.fit_loop._skip_backward
@@ -264,6 +280,8 @@ class Lifecycle(Callback):
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         if self.rule is not None and self._steps_before_epoch == trainer.precision_plugin.lowbit_steps:
             checks.check_stepped(self.rule.waiting())
+        settle(pl_module, reset=True)
+        log_rule(trainer, self.rule, "epoch")
 
     def _tick(self, trainer: Any, pl_module: Any) -> None:
         """What is due is a function of the step alone."""
@@ -285,7 +303,8 @@ class Lifecycle(Callback):
 
     def step_context(self, trainer: Any) -> StepContext:
         total = None if self.schedule is None else self.schedule.run.total
-        return StepContext(self.step(trainer), total, reduce_sum, reduce_mean, reduce_max)
+        step = self.step(trainer)
+        return StepContext(step, total, reduce_sum, reduce_mean, reduce_max, reduce_sum_flat, world_size())
 
     def _begin(self, trainer: Any, pl_module: Any) -> None:
         """Quantization starts: float metrics, calibration, calibrated metrics."""
@@ -309,6 +328,8 @@ class Lifecycle(Callback):
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         if trainer.state.fn != "fit":
             self._before_evaluation(trainer, pl_module, trainer.validate_loop, "validation_step")
+        elif not trainer.sanity_checking:
+            settle(pl_module, reset=False)
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
         self._before_evaluation(trainer, pl_module, trainer.test_loop, "test_step")
@@ -317,6 +338,7 @@ class Lifecycle(Callback):
         self._before_evaluation(trainer, pl_module, trainer.predict_loop, "predict_step")
 
     def _before_evaluation(self, trainer: Any, pl_module: Any, loop: Any, step: str) -> None:
+        share_ignored(pl_module)
         source = (self.calibration_loader, self.calibrate_batches)
         if calibrate_before_evaluation(trainer, pl_module, loop, step, *source):
             self._presence.expect(pl_module)
@@ -353,7 +375,7 @@ class Lifecycle(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.is_global_zero and not trainer.fast_dev_run and switch_of(pl_module).started:
-            print_report(pl_module, self.metrics, self._tally)
+            print_report(pl_module, self.metrics, self._tally, run_notes(pl_module, self.rule))
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         if self.schedule is None:  # the loop left before its first hook
@@ -363,12 +385,14 @@ class Lifecycle(Callback):
             )
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if is_converted(pl_module):
+            end_run(pl_module)
         self._undo()
-        self._resume.detach(trainer)
+        self.resume.detach(trainer)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self._undo()
-        self._resume.detach(trainer)
+        self.resume.detach(trainer)
 
     def _undo(self) -> None:
         self._patches.undo()

@@ -62,12 +62,14 @@ class ResumeState:
         self._resume: _Resume | None = None
         self._in_resumed_epoch = False
         self._said: set[str] = set()
+        self.limits: list[str] = []  # what this fit's order and resume cannot keep
 
     def attach(self, trainer: Any) -> None:
         """Follow the fit loop of ``trainer`` from now on."""
         self._release()
         self._orders = []
         self._in_resumed_epoch = False
+        self.limits = [] if self.order_seed is not None else ["the loaders draw their order with their own samplers"]
         fit_loop = trainer.fit_loop
         self._patch(trainer, fit_loop, "_load_combined_loader_states", self._loaders_made)
         self._patch(trainer, fit_loop, "reset", self._counters_read)
@@ -149,6 +151,8 @@ class ResumeState:
         ]
 
     def _say(self, trainer: Any, message: str) -> None:
+        if message not in self.limits:
+            self.limits.append(message)
         if message not in self._said and trainer.is_global_zero:
             warnings.warn(f"resume: {message}", UserWarning, stacklevel=2)
         self._said.add(message)

@@ -20,7 +20,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from lightning_lowbit.errors import ConfigError
 
-__all__ = ["OrderedSampler", "use_ordered_sampler"]
+__all__ = ["OrderedSampler", "is_blank", "use_ordered_sampler"]
 
 
 class OrderedSampler(Sampler[int]):
@@ -126,6 +126,25 @@ class OrderedSampler(Sampler[int]):
 
     def __len__(self) -> int:
         return self.size + self.padded
+
+
+def is_blank(loader_or_sampler: Any, batch_idx: int) -> bool:
+    """Whether batch ``batch_idx`` of this rank's epoch is only the repeated sample, which counts for nothing.
+
+    Args:
+        loader_or_sampler: an ``OrderedSampler``, or a loader; one without such a sampler has no blank batch.
+        batch_idx: counted from the epoch's start; a shorter loader that begins again counts on.
+
+    >>> sampler = OrderedSampler(5, shuffle=False, seed=0, rank=1, world=2, batch_size=2)
+    >>> [is_blank(sampler, batch) for batch in range(2)]   # [1, 3], then the repeated sample
+    [False, True]
+    """
+    sampler = getattr(loader_or_sampler, "sampler", loader_or_sampler)
+    sampler = getattr(sampler, "inner", sampler)  # while a run follows the order of a loader that does not batch
+    if not isinstance(sampler, OrderedSampler) or not sampler.padded:
+        return False
+    whole = sampler.size // sampler.batch_size  # exact: a padded rank has no batch that is not full
+    return batch_idx % (whole + 1) == whole
 
 
 def use_ordered_sampler(

@@ -19,7 +19,7 @@ def has_layers(module: nn.Module) -> bool:
     return any(type(m) in COMPUTE for m in module.modules())
 
 
-def swap(module: nn.Module, scheme: Scheme, by_name: bool, selection: Selection) -> Scheme:
+def swap(module: nn.Module, scheme: Scheme, by_name: bool, selection: Selection, pretrained: bool = False) -> Scheme:
     """Convert ``module`` in place; a converted one is taken as it is.
 
     It is converted anew where layers were built since, and, as long as nothing was trained in low bits, where the
@@ -30,6 +30,7 @@ def swap(module: nn.Module, scheme: Scheme, by_name: bool, selection: Selection)
         scheme: what the callback asks for.
         by_name: it asked by name alone, so that the options of a converted module win.
         selection: what to convert.
+        pretrained: whether weights from elsewhere will be loaded.
     Returns:
         the scheme in force.
     Raises:
@@ -40,6 +41,7 @@ def swap(module: nn.Module, scheme: Scheme, by_name: bool, selection: Selection)
         trained = switch.started and not switch.provisional
         if by_name and present.name == scheme.name:
             scheme = present
+        scheme = scheme.like(present) if trained else scheme.adapted_to(module, pretrained)
         unwanted = _unwanted_layers(module, selection)
         if trained and present != scheme:
             raise ConfigError(
@@ -54,6 +56,7 @@ def swap(module: nn.Module, scheme: Scheme, by_name: bool, selection: Selection)
         if present != scheme or unwanted or _late_layers(module, selection):
             revert(module)
     if not is_converted(module):
+        scheme = scheme.adapted_to(module, pretrained)
         convert_module(module, scheme, selection)
     switch_of(module).managed = True
     return scheme

@@ -99,7 +99,6 @@ def summarize(module: nn.Module, tally: Tally | None = None) -> Summary:
 
 def claims(module: nn.Module, report: Summary) -> list[str]:
     """Whether evaluation is integer-exact and training bit-identical, and if not, why."""
-    scheme = next(low.scheme for _, low in low_bit_modules(module))
     conversion = switch_of(module).conversion
     reasons = []
     if not switch_of(module).started:
@@ -112,13 +111,27 @@ def claims(module: nn.Module, report: Summary) -> list[str]:
     if conversion.skipped or conversion.float_by_nature:
         reasons.append("float layers")
     exact = "yes, up to the float result of the last layer" if not reasons else f"no: {'; '.join(reasons)}"
-    training = "yes" if scheme.carries_errors else "no: gradients are float"
-    return [f"evaluation integer-exact: {exact}", f"training bit-identical on any machine: {training}"]
+    return [f"evaluation integer-exact: {exact}", f"training bit-identical on any machine: {_identical(module)}"]
+
+
+def _identical(module: nn.Module) -> str:
+    """Whether training gives the same bits anywhere: integers throughout, and norms whose sums are integers."""
+    conversion = switch_of(module).conversion
+    if not all(low.scheme.carries_errors for _, low in low_bit_modules(module)):
+        return "no: gradients are float"
+    islands = [*conversion.skipped, *(path for paths in conversion.float_by_nature.values() for path in paths)]
+    islands += conversion.uncovered
+    if islands:
+        return f"no: {len(islands)} float island{'s' * (len(islands) > 1)}, {islands[0]} first"
+    norms = sum(1 for _, low in low_bit_modules(module) if getattr(low, "island", False))
+    return "yes" + (f", with {norms} batch norms as islands between integers" if norms else "")
 
 
 def sums_exact(layer: LowBitLayer) -> bool | None:
     """Whether the layer's float32 sums are proved exact for its actual weights; None while a grid is open."""
     source, weight, unit = layer.input_grid, layer.lowbit_weight, layer.accumulator_exponent()
+    if layer.scheme.carries_errors:
+        return True  # integer kernels, whatever dtype they add in
     if source is None or weight is None or unit is None:
         return None
     grid = source.grid()
@@ -147,10 +160,12 @@ def _as_in_evaluation(layer: LowBitLayer) -> tuple[Tensor, Tensor | None]:
         layer.norm.training = training
 
 
-def print_report(module: nn.Module, metrics: Mapping[str, Mapping[str, float]], tally: Tally | None) -> None:
-    """Table, claims and metrics on the terminal; in color where rich is installed."""
+def print_report(
+    module: nn.Module, metrics: Mapping[str, Mapping[str, float]], tally: Tally | None, notes: Sequence[str] = ()
+) -> None:
+    """Table, claims, what the run has to say (``notes``) and metrics on the terminal; in color where rich is."""
     report = summarize(module, tally)
-    show(report.lines, report.notes, metrics)
+    show(report.lines, [*report.notes, *notes], metrics)
 
 
 # -- rows: one a tensor --------------------------------------------------------------------------------------

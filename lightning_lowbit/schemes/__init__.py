@@ -105,7 +105,8 @@ def convert(
     """
     from lightning_lowbit.modules.calibrate import calibrate
 
-    result = convert_module(module, resolve(scheme, **options), Selection.of(skip, include))
+    chosen = resolve(scheme, **options).adapted_to(module, pretrained=False)
+    result = convert_module(module, chosen, Selection.of(skip, include))
     if example_input is not None:
         arguments = example_input if isinstance(example_input, tuple) else (example_input,)
 

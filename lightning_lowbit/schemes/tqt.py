@@ -19,6 +19,7 @@ from lightning_lowbit.modules.thresholds import (
     ThresholdQuantizer,
 )
 from lightning_lowbit.numerics.rounding import Rounding
+from lightning_lowbit.schemes.options import check_choice
 
 __all__ = ["Tqt"]
 
@@ -121,7 +122,7 @@ class Tqt(Scheme):
             "threshold_optimizer",
             "threshold_schedule",
         ):
-            _check_choice(type(self), option, getattr(self, option))
+            check_choice(type(self), option, getattr(self, option))
 
     def replace(self, **options: Any) -> Tqt:
         if "bits" in options:  # says anew what was settled when this one was made
@@ -172,7 +173,7 @@ class Tqt(Scheme):
             return ThresholdQuantizer(site, bits, self.act_init, self.percentile, rounding, train)
         return None  # errors and weight gradients are float, straight through the rounding
 
-    def batch_norm(self, site: Site) -> str:
+    def batch_norm(self, site: Site, norm: nn.Module) -> str:
         return "fold"
 
     def update_rule(self, modules: dict[str, nn.Module]) -> UpdateRule:
@@ -222,14 +223,4 @@ def _check_bits(option: str, value: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not 2 <= value <= 16:
         raise ConfigError(
             f"Tqt({option}={value!r}): expected an integer from 2 to 16 (one signed bit leaves only -1 and 0)."
-        )
-
-
-def _check_choice(cls: type[Any], option: str, value: Any) -> None:
-    from typing import get_args, get_type_hints
-
-    allowed = get_args(get_type_hints(cls)[option])
-    if value not in allowed:
-        raise ConfigError(
-            f"Tqt({option}={value!r}): not one of {', '.join(map(repr, allowed))}.{nearest(str(value), allowed)}"
         )

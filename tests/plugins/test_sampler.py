@@ -19,7 +19,8 @@ from torch.utils.data import (
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_lowbit.errors import ConfigError
-from lightning_lowbit.plugins.sampler import OrderedSampler, use_ordered_sampler
+from lightning_lowbit.plugins.order import RecordedOrder
+from lightning_lowbit.plugins.sampler import OrderedSampler, is_blank, use_ordered_sampler
 
 DATA = TensorDataset(torch.arange(10))
 
@@ -51,6 +52,43 @@ def test_ranks_share_the_epoch(length: int, world: int, batch: int, drop: bool, 
     assert len(set(counted)) == len(counted)
     assert len(counted) == (length - length % world if drop else length)
     assert max(r.size for r in ranks) - min(r.size for r in ranks) <= 1
+
+
+@given(
+    length=st.integers(1, 60), world=st.integers(1, 5), batch=st.integers(1, 7), drop=st.booleans(), rank=st.integers(0)
+)  # fmt: skip
+def test_a_blank_batch_is_the_repeated_sample_alone(length: int, world: int, batch: int, drop: bool, rank: int) -> None:
+    sampler = OrderedSampler(
+        length, shuffle=True, seed=3, rank=rank % world, world=world, batch_size=batch, drop_last=drop
+    )
+    counted = 0
+    batches = list(BatchSampler(sampler, batch, drop))
+    for index, positions in enumerate(batches):
+        assert is_blank(sampler, index) is (counted >= sampler.size)
+        assert is_blank(sampler, index + len(batches)) is is_blank(sampler, index)  # it begins again
+        counted += len(positions)
+
+
+def test_blank_batches_of_loaders() -> None:
+    def blank(loader: DataLoader[object]) -> list[bool]:
+        twin, _ = use_ordered_sampler(loader, seed=1, rank=1, world=2)
+        assert twin is not None
+        found = []
+        for wrapped in (False, True):
+            if wrapped:  # as while a run records the order
+                name = "sampler" if twin.batch_sampler is None else "batch_sampler"
+                object.__setattr__(twin, name, RecordedOrder(twin, getattr(twin, name)))
+            found.append([is_blank(twin, index) for index, _ in enumerate(twin)])
+        assert found[0] == found[1]
+        return found[0]
+
+    nine = TensorDataset(torch.arange(9))
+    assert blank(DataLoader(nine, batch_size=2)) == [False, False, True]
+    assert blank(DataLoader(nine, batch_size=None)) == [False] * 4 + [True]
+    assert blank(DataLoader(nine, batch_size=3)) == [False, False]
+    assert blank(DataLoader(DATA, batch_size=5)) == [False]
+    assert not is_blank(DataLoader(nine), 8)
+    assert not is_blank([1, 2], 1)
 
 
 def test_order_is_a_function_of_seed_and_epoch() -> None:

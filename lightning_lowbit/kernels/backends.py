@@ -1,0 +1,165 @@
+"""Which backend computes the integer products: asked for by argument, block or environment, used only after a probe.
+
+Libraries do not promise exact int8 products. Without dot-product instructions the CPU's kernels add pairs of
+products in 16 bits, saturate, and return wrong sums without an error. So each backend must first match `reference`
+on operands made to show that, once per process; one that does not is passed over for the next that does.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_lowbit.errors import ConfigError, nearest
+from lightning_lowbit.kernels import cpu, cuda, ledger, reference, simulate
+from lightning_lowbit.kernels.geometry import Geometry, geometry
+
+__all__ = ["BACKENDS", "ENVIRONMENT", "Backend", "choose", "use"]
+
+ENVIRONMENT = "LIGHTNING_LOWBIT_BACKEND"
+
+
+class Backend(Protocol):
+    """Four products; int32, int64, or float32 where that is exact. No operand and no result is empty."""
+
+    def matmul(self, a: Tensor, b: Tensor) -> Tensor:
+        """(M, K) times (K, N)."""
+
+    def conv2d(self, x: Tensor, w: Tensor, geo: Geometry, nonnegative: bool = False) -> Tensor:
+        """The convolution."""
+
+    def conv2d_input(self, err: Tensor, w: Tensor, geo: Geometry) -> Tensor:
+        """Its gradient with respect to the input."""
+
+    def conv2d_weight(self, x: Tensor, err: Tensor, geo: Geometry) -> Tensor:
+        """Its gradient with respect to the weight."""
+
+
+BACKENDS: dict[str, Backend] = {"reference": reference, "simulate": simulate, "int8": cpu, "cuda": cuda}
+_DEVICE = {"int8": "cpu", "cuda": "cuda"}
+_FIRST = {"cpu": "int8", "cuda": "cuda"}
+
+_used: list[str] = []
+_choices: dict[tuple[str, str], Backend] = {}
+
+
+@contextmanager
+def use(backend: str) -> Iterator[None]:
+    """Compute the integer products inside the block with this backend.
+
+    Args:
+        backend: "auto" (the fastest that is exact here), "reference" (int64), "simulate" (float32 under a proof),
+            "int8" (CPU instructions) or "cuda".
+
+    Raises:
+        ConfigError: no such backend.
+    """
+    _check_name(backend, "use()")
+    _used.append(backend)
+    try:
+        yield
+    finally:
+        _used.pop()
+
+
+def choose(device: str, backend: str | None = None) -> Backend:
+    """The backend for tensors of a device type: argument, else innermost `use`, else environment, else the fastest."""
+    name = backend or (_used[-1] if _used else os.environ.get(ENVIRONMENT, "auto"))
+    try:
+        return _choices[name, device]
+    except KeyError:
+        where = "backend=" if backend else "use()" if _used else ENVIRONMENT
+        return _choices.setdefault((name, device), _resolve(name, device, where))
+
+
+def _check_name(name: str, where: str) -> None:
+    if name not in (*BACKENDS, "auto"):
+        raise ConfigError(f"{where}: {name!r} is not a backend.{nearest(name, (*BACKENDS, 'auto'))}")
+
+
+def _resolve(name: str, device: str, where: str) -> Backend:
+    _check_name(name, where)
+    if _DEVICE.get(name, device) != device:
+        raise ConfigError(
+            f"{where}: the backend {name!r} works on {_DEVICE[name]} tensors, got {device}; "
+            "ask for 'auto', or move the model"
+        )
+    fallbacks = ("simulate", "reference")
+    if name == "auto":
+        names = (*((_FIRST[device],) if device in _FIRST else ()), *fallbacks)
+    else:
+        names = (name, *fallbacks[fallbacks.index(name) + 1 :]) if name in fallbacks else (name, *fallbacks)
+    for candidate in names:
+        refusal = _refusal(candidate, device)
+        if refusal is None:
+            break
+        ledger.refusals[candidate] = refusal
+    if name not in ("auto", candidate):
+        warnings.warn(
+            f"the backend {name!r} is not exact on this machine ({ledger.refusals[name]}); {candidate!r} is used "
+            "instead, with the same results",
+            stacklevel=4,
+        )
+    return BACKENDS[candidate]
+
+
+def _refusal(name: str, device: str) -> str | None:
+    """Why a backend must not be used on a device; None where it matches the reference."""
+    backend = BACKENDS[name]
+    if backend is reference:
+        return None
+    with ledger.silent():
+        return _differs(backend, device)
+
+
+def _pair(kind: str, *sizes: tuple[int, ...]) -> list[Tensor]:
+    """Operands whose pairs of products leave 16 bits, or random ones."""
+    if kind == "random":
+        generator = torch.Generator().manual_seed(577)
+        return [torch.randint(-128, 128, size, dtype=torch.int8, generator=generator) for size in sizes]
+    values = {"127 x 127": (127, 127), "127 x -127": (127, -127), "-128 x -128": (-128, -128)}[kind]
+    return [torch.full(size, value, dtype=torch.int8) for value, size in zip(values, sizes, strict=True)]
+
+
+_KINDS = ("127 x 127", "127 x -127", "-128 x -128", "random")
+_MATRICES = ((1, 33, 3), (17, 577, 9), (64, 576, 64), (64, 577, 40))
+# A narrow and a wide layer with odd sizes, one with holes and stride, one in groups.
+_LAYERS = (
+    geometry((2, 16, 7, 7), (24, 16, 3, 3), 1, 1),
+    geometry((2, 136, 5, 5), (16, 136, 3, 3), 1, 1),
+    geometry((2, 9, 9, 8), (7, 9, 3, 2), 2, 1, (1, 2)),
+    geometry((2, 16, 5, 5), (16, 8, 3, 3), 1, 1, 1, 2),
+)  # fmt: skip
+
+
+def _differs(backend: Backend, device: str) -> str | None:
+    try:
+        for kind in _KINDS:
+            for m, k, n in _MATRICES:
+                a, b = _pair(kind, (m, k), (n, k))
+                if not torch.equal(_host(backend.matmul(a.to(device), b.to(device).t())), reference.matmul(a, b.t())):
+                    return f"wrong matrix product of {kind}, {m}x{k}x{n}"
+            for geo in _LAYERS:
+                x, w, err = *_pair(kind, geo.input_size, geo.weight_size), _pair(kind, geo.output_size, (1,))[0]
+                near = [operand.to(device) for operand in (x, w, err)]
+                pairs = (
+                    (backend.conv2d(near[0], near[1], geo), reference.conv2d(x, w, geo)),
+                    (backend.conv2d_input(near[2], near[1], geo), reference.conv2d_input(err, w, geo)),
+                    (backend.conv2d_weight(near[0], near[2], geo), reference.conv2d_weight(x, err, geo)),
+                )
+                if not all(torch.equal(_host(found), expected) for found, expected in pairs):
+                    return f"wrong convolution of {kind}"
+    # Private operators: a build without them, or with another signature, may raise anything.
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return None
+
+
+def _host(x: Tensor) -> Tensor:
+    return x.to("cpu", torch.int64)

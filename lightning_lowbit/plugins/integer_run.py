@@ -1,0 +1,70 @@
+"""What integer arithmetic must know of a run, batch by batch, and what it leaves for evaluation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_lowbit.kernels import backend_report
+from lightning_lowbit.modules.base import Run, UpdateRule, switch_of
+from lightning_lowbit.modules.convert import quantizers
+from lightning_lowbit.plugins.distributed import process_rank, reduce_max, reduce_sum, world_size
+from lightning_lowbit.plugins.sampler import is_blank
+
+__all__ = ["begin_batch", "end_run", "log_rule", "run_notes", "settle"]
+
+
+def begin_batch(trainer: Any, model: nn.Module, batch_idx: int) -> None:
+    """Before a training batch: its number, and this process's place among the others."""
+    run = switch_of(model).run
+    run.reduce_max, run.reduce_sum, run.rank, run.world = reduce_max, reduce_sum, process_rank(), world_size()
+    run.batch = trainer.fit_loop.epoch_loop.total_batch_idx
+    run.blank = is_blank(_loader(trainer), batch_idx)
+
+
+def end_run(model: nn.Module) -> None:
+    """Computing goes on in one process, as if there had been no run."""
+    switch = switch_of(model)
+    switch.run = Run(batch=switch.run.batch, clamped=switch.run.clamped)
+
+
+def settle(model: nn.Module, reset: bool) -> None:
+    """Evaluation takes over the largest ranges that training has seen; ``reset`` begins to watch anew."""
+    for _, quantizer in quantizers(model):
+        quantizer.settle(reset)
+
+
+def log_rule(trainer: Any, rule: UpdateRule | None, interval: str) -> None:
+    """Log what the rule does (mu) where a LearningRateMonitor of that interval logs; without one, every epoch."""
+    values = {} if rule is None else rule.logged()
+    monitors = [callback for callback in trainer.callbacks if type(callback).__name__ == "LearningRateMonitor"]
+    intervals = {monitor.logging_interval for monitor in monitors} or {"epoch"}
+    wanted = interval in intervals or None in intervals
+    if not values or not wanted or (interval == "step" and not trainer._logger_connector.should_update_logs):
+        return
+    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def run_notes(model: nn.Module, rule: UpdateRule | None) -> list[str]:
+    """What the report of a run says beside the table: where integers were multiplied, and who stopped learning."""
+    notes, stopped = [], [] if rule is None else rule.stopped()
+    if rule is not None and rule.logged():
+        notes.append(f"kernels: {backend_report()}")
+    if stopped:
+        notes.append(
+            f"no longer learning: {', '.join(stopped)} (zero gradients in the last steps). A layer behind it is dead "
+            "or saturated: look at its ranges above, lower mu, or start again from an earlier checkpoint"
+        )
+    clamped = int(switch_of(model).run.clamped)
+    if clamped:
+        notes.append(f"{clamped} exponents left the range of float32 carriers and were clamped")
+    return notes
+
+
+def _loader(trainer: Any) -> Any:
+    loader = trainer.train_dataloader
+    return loader if hasattr(loader, "sampler") else None
