@@ -29,12 +29,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lowbit import Niti, QuantCallback
 from lightning_lowbit.kernels import backend_report
+from lightning_lowbit.modules.block import WeightCodes
 
 
 def mlp() -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(784, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 10)
-    )  # fmt: skip
+    return nn.Sequential(nn.Linear(784, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 10))
 
 
 def vgg_small() -> nn.Module:
@@ -65,7 +64,7 @@ class Module(pl.LightningModule):
         self.net = net
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.net(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x)
+        y: Tensor = self.net(x)
         return y
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
@@ -121,7 +120,9 @@ class Row:
         """Bytes from forward to backward of one batch, on the network as the fits left it."""
         x, y = next(iter(self.data(1)))
         self.module.train()
-        return kept_bytes(self.module, lambda: F.cross_entropy(self.module(x), y))
+        # The int8 weights are the network's state, as the float weights are the other network's.
+        weights = [module.codes() for module in self.module.modules() if isinstance(module, WeightCodes)]
+        return kept_bytes(self.module, lambda: F.cross_entropy(self.module(x), y), weights)
 
 
 def rows(name: str) -> dict[str, Row]:

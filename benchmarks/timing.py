@@ -47,13 +47,13 @@ def alternate(steps: dict[str, Callable[[], object]], rounds: int = 15, warmup: 
     }
 
 
-def kept_bytes(module: nn.Module, loss: Callable[[], Tensor]) -> int:
-    """Bytes that live from forward to backward, parameters and buffers of ``module`` aside.
+def kept_bytes(module: nn.Module, loss: Callable[[], Tensor], state: Iterable[Tensor] = ()) -> int:
+    """Bytes that live from forward to backward, parameters, buffers and other ``state`` of ``module`` aside.
 
     Counts what autograd keeps (through its hooks: most of it has no Python object) and every tensor that
     Python still holds after the forward (what a Function put on its context instead), each storage once.
     """
-    own = dict(_storages([*module.parameters(), *module.buffers()]))
+    own = dict(_storages([*module.parameters(), *module.buffers(), *state]))
     before = dict(_storages(_live()))
     kept: dict[int, int] = {}
 

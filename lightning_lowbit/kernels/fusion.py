@@ -22,7 +22,7 @@ from lightning_lowbit.kernels import ledger
 __all__ = ["Chain", "compile_policy", "flat_as", "is_dense", "route", "run", "same_order"]
 
 Chain = Callable[..., None]
-"""``chain(numbers, constants, *tensors)`` writes in place into some of the 1-D tensors, element by element."""
+"""``chain(numbers, constant, *tensors)`` writes in place into some of the 1-D tensors, element by element."""
 
 ENVIRONMENT = "LIGHTNING_LOWBIT_COMPILE"
 _POLICIES = ("auto", "always", "never")
@@ -30,7 +30,7 @@ _SLICE = 1 << 18  # elements per thread and pass: few calls, and the operands of
 _COMPILE_FROM = 1 << 15  # below, entering compiled code takes longer than the slices
 _COMPILE_LEAST = 64  # more than the numbers of any chain: no compiled size is mistaken for theirs
 
-_chosen: list[str] = []
+chosen_policies: list[str] = []
 _entered: set[Callable[..., None]] = set()
 
 
@@ -46,11 +46,11 @@ def compile_policy(policy: str) -> Iterator[None]:
     Raises:
         ConfigError: no such policy.
     """
-    _chosen.append(_checked(policy, "compile_policy()"))
+    chosen_policies.append(_checked(policy, "compile_policy()"))
     try:
         yield
     finally:
-        _chosen.pop()
+        chosen_policies.pop()
 
 
 def _checked(policy: str, where: str) -> str:
@@ -63,7 +63,7 @@ def route(x: Tensor) -> str:
     """How a chain over x runs: "compiled", "sliced" (CPU), or "reference": by somebody else's compiler or none."""
     if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or torch._C._get_tracing_state():
         return "reference"
-    policy = _chosen[-1] if _chosen else _checked(os.environ.get(ENVIRONMENT, "auto"), ENVIRONMENT)
+    policy = chosen_policies[-1] if chosen_policies else _checked(os.environ.get(ENVIRONMENT, "auto"), ENVIRONMENT)
     least = {"auto": _COMPILE_FROM, "always": _COMPILE_LEAST, "never": sys.maxsize}[policy]
     # A mode that watches operations would see none of them in compiled code.
     if x.numel() >= least and _compiler_found(x.device.type) and _get_current_dispatch_mode() is None:
@@ -106,7 +106,7 @@ def flat_as(x: Tensor, like: Tensor) -> Tensor:
 
 def run(
     chain: Chain,
-    constants: tuple[Hashable, ...],
+    constant: Hashable,
     numbers: Callable[..., tuple[int, ...]],
     setting: tuple[Hashable, ...],
     shift: int | Tensor,
@@ -116,40 +116,40 @@ def run(
     """Call ``chain`` with ``numbers(*setting, shift)`` over flat tensors of equal length.
 
     Args:
-        constants: compiled into the loop; few values in one process.
-        numbers: ints that depend on the shift, the same for all shifts beyond 0 and 63; read from a table on the
-            device, so that no value of a shift is compiled in or waited for.
+        constant: compiled into the loop; not a number, which torch would make a variable of the loop.
+        numbers: ints that depend on the shift, the same for all shifts below 0 and from 63 on; read from a table on
+            the device, so that no value of a shift is compiled in or waited for.
         tensors: 1-D of equal length, 0-dim, or None.
         compiled: as `route` says.
     """
-    if compiled and _run_compiled(chain, constants, numbers, setting, shift, tensors):
+    if compiled and _run_compiled(chain, constant, numbers, setting, shift, tensors):
         return
     row = numbers(*setting, min(max(int(shift), 0), 63))
     length = max(x.numel() for x in tensors if x is not None)
     size = _SLICE * torch.get_num_threads()
     if length <= size:
-        chain(row, constants, *tensors)
+        chain(row, constant, *tensors)
         return
     for start in range(0, length, size):
-        chain(row, constants, *(x[start : start + size] if x is not None and x.dim() else x for x in tensors))
+        chain(row, constant, *(x[start : start + size] if x is not None and x.dim() else x for x in tensors))
 
 
 def _run_compiled(
     chain: Chain,
-    constants: tuple[Hashable, ...],
+    constant: Hashable,
     numbers: Callable[..., tuple[int, ...]],
     setting: tuple[Hashable, ...],
     shift: int | Tensor,
     tensors: Sequence[Tensor | None],
 ) -> bool:
     device = next(x.device for x in tensors if x is not None)
-    name = f"compiled kernels on {device.type}"
+    name = f"compiled {chain.__name__.strip('_')} ({constant}) on {device.type}"
     if name in ledger.refusals:
         return False
     place = torch.as_tensor(shift, device=device).detach().clamp(0, 63).reshape(1)
     row = _table(numbers, setting, device).index_select(1, place)
     key = tuple(None if x is None else x.dtype for x in tensors)
-    loop = _loop(chain, constants, key, device.type)
+    loop = _loop(chain, constant, key, device.type)
     try:
         if loop in _entered:
             loop(row, *tensors)
@@ -173,11 +173,11 @@ def _table(numbers: Callable[..., tuple[int, ...]], setting: tuple[Any, ...], de
 
 
 @functools.cache
-def _loop(chain: Chain, constants: tuple[Hashable, ...], dtypes: tuple[Any, ...], device: str) -> Callable[..., None]:
+def _loop(chain: Chain, constant: Hashable, dtypes: tuple[Any, ...], device: str) -> Callable[..., None]:
     """One compiled copy for each combination: sizes and shifts are arguments, so that a copy stays one."""
 
     def loop(row: Tensor, *tensors: Tensor | None) -> None:
-        chain(row.unbind(), constants, *tensors)
+        chain(row.unbind(), constant, *tensors)
 
     # fullgraph and isolated: beyond torch's limit of recompilations it would run op by op with no more than a line
     # in a log, and all copies would share one limit.

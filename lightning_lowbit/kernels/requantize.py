@@ -77,9 +77,9 @@ def requantize(
     # Inference and training share one compiled loop, and the result may be saved for backward.
     with torch.inference_mode(False), torch.no_grad():
         codes = torch.empty_like(acc, dtype=torch.int8)
-        constants = rounding, rectify, limit
+        setting = (*_setting(rounding, acc, noise), 0 if rectify else -limit, limit)
         tensors = [None if x is None else flat_as(x.detach(), codes) for x in (codes, acc, keep, noise)]
-        run(_requantize, constants, _numbers, _setting(rounding, acc, noise), shift, tensors, how == "compiled")
+        run(_requantize, rounding, _requantize_numbers, setting, shift, tensors, how == "compiled")
     return codes
 
 
@@ -135,11 +135,11 @@ def update_weights(
         beside = weight is not None and not same_order(weight, codes)
         floats = torch.empty_like(codes, dtype=torch.float32) if beside else weight
         flats = [None if x is None else flat_as(x.detach(), codes) for x in (codes, acc, shown, floats, noise)]
-        setting, constants = _setting(rounding, acc, noise), (rounding, fraction_bits)
+        setting = (*_setting(rounding, acc, noise), fraction_bits)
         if how == "compiled" and fraction_bits:
-            _update_staged(flats, scale, constants, setting, shift)
+            _update_staged(flats, scale, rounding, setting, shift)
         else:
-            run(_update, constants, _numbers, setting, shift, [*flats, scale], how == "compiled")
+            run(_update, rounding, _update_numbers, setting, shift, [*flats, scale], how == "compiled")
         if beside and weight is not None and floats is not None:
             weight.detach().copy_(floats)
     return codes if shown is None else shown
@@ -148,8 +148,8 @@ def update_weights(
 def _update_staged(
     flats: list[Tensor | None],
     scale: Tensor | None,
-    constants: tuple[ShiftRounding, int],
-    setting: tuple[ShiftRounding, int, int],
+    rounding: ShiftRounding,
+    setting: tuple[ShiftRounding, int, int, int],
     shift: int | Tensor,
 ) -> None:
     """Part by part through int32: torch's compiler does not vectorize int16, which takes ten times as long."""
@@ -158,7 +158,7 @@ def _update_staged(
     for part in zip(*([None] * parts if x is None else x.tensor_split(parts) for x in flats), strict=True):
         master, *others = part
         stage = master.to(torch.int32)
-        run(_update, constants, _numbers, setting, shift, [stage, *others, scale], True)
+        run(_update, rounding, _update_numbers, setting, shift, [stage, *others, scale], True)
         master.copy_(stage)
 
 
@@ -202,7 +202,20 @@ def _word(acc: Tensor, noise: Tensor | None) -> torch.dtype:
     return torch.int64 if torch.int64 in (acc.dtype, None if noise is None else noise.dtype) else torch.int32
 
 
-def _numbers(rounding: ShiftRounding, word_bits: int, noise_bits: int, s: int) -> tuple[int, ...]:
+def _requantize_numbers(
+    rounding: ShiftRounding, word_bits: int, noise_bits: int, low: int, high: int, s: int
+) -> tuple[int, ...]:
+    return low, high, *_shift_numbers(rounding, word_bits, noise_bits, s)
+
+
+def _update_numbers(
+    rounding: ShiftRounding, word_bits: int, noise_bits: int, fraction_bits: int, s: int
+) -> tuple[int, ...]:
+    fraction = _shift_numbers(ShiftRounding.PSEUDO_STOCHASTIC, word_bits, 0, fraction_bits)
+    return _LIMIT << fraction_bits, *_shift_numbers(rounding, word_bits, noise_bits, s), *fraction
+
+
+def _shift_numbers(rounding: ShiftRounding, word_bits: int, noise_bits: int, s: int) -> tuple[int, ...]:
     """The shifts and masks of :func:`_rounded` for a shift s in [0, 63], such that no shift exceeds the word."""
 
     def mask(bits: int) -> int:
@@ -239,14 +252,14 @@ def _rounded(x: Tensor, numbers: Sequence[Any], rounding: ShiftRounding, noise: 
 
 def _requantize(
     numbers: Sequence[Any],
-    constants: tuple[ShiftRounding, bool, int],
+    rounding: ShiftRounding,
     codes: Tensor,
     acc: Tensor,
     keep: Tensor | None,
     noise: Tensor | None,
 ) -> None:
-    rounding, rectify, limit = constants
-    q = _rounded(acc.to(_word(acc, noise)), numbers, rounding, noise).clamp_(0 if rectify else -limit, limit)
+    low, high, *shift = numbers
+    q = _rounded(acc.to(_word(acc, noise)), shift, rounding, noise).clamp_(low, high)
     if keep is not None:
         positive = (keep if keep.dtype == torch.int8 else keep.sign()).to(q.dtype)
         q = torch.ops.aten.threshold_backward(q, positive, 0)  # where(positive > 0, q, 0), vectorized
@@ -255,7 +268,7 @@ def _requantize(
 
 def _update(
     numbers: Sequence[Any],
-    constants: tuple[ShiftRounding, int],
+    rounding: ShiftRounding,
     codes: Tensor,
     acc: Tensor,
     shown: Tensor | None,
@@ -263,15 +276,13 @@ def _update(
     noise: Tensor | None,
     scale: Tensor | None,
 ) -> None:
-    rounding, fraction_bits = constants
-    limit = _LIMIT << fraction_bits
+    limit, shift, fraction = numbers[0], numbers[1:6], numbers[6:]
     word = _word(acc, noise)
-    step = _rounded(acc.to(word), numbers, rounding, noise).clamp_(-2 * limit, 2 * limit)
+    step = _rounded(acc.to(word), shift, rounding, noise).clamp_(-2 * limit, 2 * limit)
     q = codes.to(word).sub_(step).clamp_(-limit, limit)
     codes.copy_(q)
     if shown is not None:
-        pseudo = ShiftRounding.PSEUDO_STOCHASTIC
-        q = _rounded(q, _numbers(pseudo, _BITS[word], 0, fraction_bits), pseudo, None).clamp_(-_LIMIT, _LIMIT)
+        q = _rounded(q, fraction, ShiftRounding.PSEUDO_STOCHASTIC, None).clamp_(-_LIMIT, _LIMIT)
         shown.copy_(q)
     if weight is not None and scale is not None:
         weight.copy_(q * scale)

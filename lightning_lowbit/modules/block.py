@@ -134,9 +134,18 @@ class ErrorRange(BlockRange):
 
 
 class BlockInput(BlockRange):
-    """The range of data that come in as float: codes go down to -128 (NITI section 6)."""
+    """The range of data that come in as float: codes go down to -128 (NITI section 6).
+
+    What comes as a carrier in training may come as float in evaluation, from a part that the user's code calls: then
+    the frozen range holds those codes exactly.
+    """
 
     narrow = False
+
+    def quantize(self, x: Tensor, rectify: bool = False) -> Tensor:
+        if isinstance(x, Carrier) and self.training:
+            self.seen.copy_(torch.maximum(self.seen, x.exponent + CODE_BITS))
+        return super().quantize(x, rectify)
 
 
 class _Enter(torch.autograd.Function):

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 from lightning_lowbit.graph.network import Call, Flow
 from lightning_lowbit.graph.ops import Kind
 from lightning_lowbit.graph.plan import Plan
+from lightning_lowbit.graph.trace import has_forward
 from lightning_lowbit.modules.base import LowBitModule
 from lightning_lowbit.modules.carrier import plain
 from lightning_lowbit.modules.quantizer import Quantizer
@@ -39,7 +40,8 @@ def place_exits(root: nn.Module, flow: Flow, plan: Plan) -> None:
     By the second, ``self.net(x)`` in a validation step leaves ``net`` like a forward of the whole. A part that feeds
     integers to another one hands them to whoever calls it alone.
     """
-    blind = [part.path for part in flow.untraced]  # what stands in there passes integers along an unknown way
+    # What stands in a forward that was not followed passes integers along an unknown way.
+    blind = [part.path for part in flow.untraced if part.path or has_forward(root)]
     paths = {entry.owner for entry in flow.entries if not any(_within(entry.owner, part) for part in blind)}
     carrying, ops = {}, {(op.owner, op.key): op.path for op in plan.ops}
     for call in flow.calls:

@@ -265,7 +265,7 @@ class Lifecycle(Callback):
         rank_zero_info(f"lightning_lowbit: {self.schedule}")
         self._reached = self._steps_before_epoch = None
         if self.compile:
-            compile_in_place(pl_module)
+            compile_in_place(pl_module, self._patches)
         self._tick(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
