@@ -121,7 +121,7 @@ def _unit_scale(outputs: int) -> tuple[Tensor, Tensor]:
 
 
 def _unsigned_pays(w: Tensor, geo: Geometry, nonnegative: bool = False) -> bool:
-    if not _unsigned_exact(geo._replace(batch=min(geo.batch, 2)), nonnegative):
+    if not _unsigned_exact(geo, nonnegative):
         return False
     return geo.forward_terms <= simulate.FLOAT32_TERMS or float_sums_exact(w, simulate.CODE_MAX)
 
@@ -141,6 +141,7 @@ def _unsigned_exact(geo: Geometry, nonnegative: bool) -> bool:
     depthwise = geo.groups == geo.channels == geo.outputs >= 8
     if not (depthwise or _FLOAT_CHANNELS < channels <= _UNSIGNED_CHANNELS):
         return False
+    geo = geo._replace(batch=min(geo.batch, 2))
     generator = torch.Generator().manual_seed(577)
     x = torch.randint(-128, 128, geo.input_size, dtype=torch.int8, generator=generator)
     w = torch.randint(-127, 128, geo.weight_size, dtype=torch.int8, generator=generator)

@@ -12,13 +12,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_lowbit.errors import InvariantError
-from lightning_lowbit.modules.base import low_bit_modules
+from lightning_lowbit.modules.base import StepContext, low_bit_modules
 from lightning_lowbit.modules.convert import quantizers
 from lightning_lowbit.plugins.patching import Patches
 
 __all__ = [
     "Traffic", "all_reduce", "counted", "ignore_in_ddp", "process_rank", "reduce_max", "reduce_mean", "reduce_sum",
-    "reduce_sum_flat", "share_ignored", "world_size",
+    "reduce_sum_flat", "share_ignored", "step_context", "world_size",
 ]  # fmt: skip
 
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
@@ -124,6 +124,11 @@ def reduce_sum_flat(tensors: Sequence[Tensor]) -> list[Tensor]:
             parts = flat.split_with_sizes([tensors[place].numel() for place in places])
             sums |= {place: part.view(tensors[place].shape) for place, part in zip(places, parts, strict=True)}
     return [sums[place] for place in range(len(tensors))]
+
+
+def step_context(step: int, total: int | None) -> StepContext:
+    """What an update rule may know of step ``step`` of ``total``, with the reductions over this run's processes."""
+    return StepContext(step, total, reduce_sum, reduce_mean, reduce_max, reduce_sum_flat, world_size())
 
 
 def ignore_in_ddp(model: nn.Module, strategy: Any, patches: Patches) -> None:

@@ -39,15 +39,7 @@ from lightning_lowbit.plugins.checkpoint import (
     write_spec,
 )
 from lightning_lowbit.plugins.compiling import compile_in_place
-from lightning_lowbit.plugins.distributed import (
-    ignore_in_ddp,
-    reduce_max,
-    reduce_mean,
-    reduce_sum,
-    reduce_sum_flat,
-    share_ignored,
-    world_size,
-)
+from lightning_lowbit.plugins.distributed import ignore_in_ddp, share_ignored, step_context
 from lightning_lowbit.plugins.evaluation import validate_within_fit, validation_metrics
 from lightning_lowbit.plugins.integer_run import begin_batch, end_run, log_rule, run_notes, settle
 from lightning_lowbit.plugins.label_free import reconstruct_within_fit
@@ -303,8 +295,7 @@ class Lifecycle(Callback):
 
     def step_context(self, trainer: Any) -> StepContext:
         total = None if self.schedule is None else self.schedule.run.total
-        step = self.step(trainer)
-        return StepContext(step, total, reduce_sum, reduce_mean, reduce_max, reduce_sum_flat, world_size())
+        return step_context(self.step(trainer), total)
 
     def _begin(self, trainer: Any, pl_module: Any) -> None:
         """Quantization starts: float metrics, calibration, calibrated metrics."""
@@ -385,12 +376,14 @@ class Lifecycle(Callback):
             )
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if is_converted(pl_module):
-            end_run(pl_module)
-        self._undo()
-        self.resume.detach(trainer)
+        self._leave(trainer, pl_module)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self._leave(trainer, pl_module)
+
+    def _leave(self, trainer: Any, pl_module: Any) -> None:
+        if is_converted(pl_module):
+            end_run(pl_module)
         self._undo()
         self.resume.detach(trainer)
 
