@@ -23,6 +23,7 @@ lint: $(READY)
 
 bench: $(READY)
 	@$(BIN)/python benchmarks/qat_step.py
+	@$(BIN)/python benchmarks/int8_training.py
 
 # torch goes first and alone: nothing that depends on it may choose another build of it.
 $(READY): pyproject.toml constraints.txt

@@ -96,6 +96,7 @@ def test_the_device_gets_the_sizes_that_it_accepts(monkeypatch: pytest.MonkeyPat
     assert torch.equal(cuda.matmul(a, b).long(), reference.matmul(a, b))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ROUTES)
 def test_cuda_equals_the_reference(name: str) -> None:
