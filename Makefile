@@ -8,7 +8,7 @@ READY := .venv/.ready
 # -qq: quiet about the package folders that hold only some of the packages, not about errors.
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench
+.PHONY: demo test lint bench torture
 
 # One thread: on images of 8x8 more threads only wait for each other, for minutes where cores are busy.
 demo: $(READY)
@@ -24,6 +24,15 @@ lint: $(READY)
 bench: $(READY)
 	@$(BIN)/python benchmarks/qat_step.py
 	@$(BIN)/python benchmarks/int8_training.py
+
+# Trains, kills -9 at random moments, resumes, and compares with a run that nobody disturbed. A PYTHON that is named
+# runs it as it is, with the package's dependencies installed.
+KILLS ?= 5
+SCHEMES ?= niti tqt
+NAMED := $(findstring command,$(origin PYTHON))
+
+torture: $(if $(NAMED),,$(READY))
+	@PYTHONPATH=. $(if $(NAMED),$(PYTHON),$(BIN)/python) tests/torture.py --kills $(KILLS) --schemes $(SCHEMES)
 
 # torch goes first and alone: nothing that depends on it may choose another build of it.
 $(READY): pyproject.toml constraints.txt

@@ -155,7 +155,7 @@ class CifarSet(Dataset[Any]):
         return (*batch, sample) if self.train else batch
 
 
-def _whole(batch: Any) -> Any:
+def whole_batches(batch: Any) -> Any:
     """Collate nothing: ``__getitems__`` already returns a batch."""
     return batch
 
@@ -193,11 +193,11 @@ class CifarData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         assert self.train_set is not None
-        return DataLoader(self.train_set, self.batch_size, shuffle=True, drop_last=True, collate_fn=_whole)
+        return DataLoader(self.train_set, self.batch_size, shuffle=True, drop_last=True, collate_fn=whole_batches)
 
     def val_dataloader(self) -> DataLoader[Any]:
         assert self.test_set is not None
-        return DataLoader(self.test_set, self.eval_batch_size, collate_fn=_whole)
+        return DataLoader(self.test_set, self.eval_batch_size, collate_fn=whole_batches)
 
     def test_dataloader(self) -> DataLoader[Any]:
         return self.val_dataloader()

@@ -128,7 +128,8 @@ def update_weights(
     scale = None if exponent is None else pow2(torch.as_tensor(exponent, device=codes.device).detach())
     how = route(codes) if is_dense(codes) else "reference"
     if how == "reference":
-        return _update_reference(codes.detach(), acc.detach(), shift, rounding, weight, scale, fraction_bits, noise)
+        narrow = _update_reference(codes.detach(), acc.detach(), shift, rounding, weight, scale, fraction_bits, noise)
+        return narrow if fraction_bits else codes
     with torch.inference_mode(False), torch.no_grad():
         shown = torch.empty_like(codes, dtype=torch.int8) if fraction_bits else None
         # A weight in another memory order than its codes is written beside and copied.
@@ -180,7 +181,7 @@ def _update_reference(
     shown = shift_round(moved, fraction_bits, ShiftRounding.PSEUDO_STOCHASTIC).clamp(-_LIMIT, _LIMIT)
     if weight is not None and scale is not None:
         weight.detach().copy_(shown * scale)
-    return shown.to(torch.int8) if fraction_bits else codes
+    return shown.to(torch.int8)
 
 
 def _noise(where: str, acc: Tensor, rounding: ShiftRounding, noise: Tensor | None) -> Tensor | None:
@@ -199,7 +200,8 @@ def _setting(rounding: ShiftRounding, acc: Tensor, noise: Tensor | None) -> tupl
 
 def _word(acc: Tensor, noise: Tensor | None) -> torch.dtype:
     """int32 is twice as fast; it holds float32's integers below 2^24 too."""
-    return torch.int64 if torch.int64 in (acc.dtype, None if noise is None else noise.dtype) else torch.int32
+    wide = acc.dtype in (torch.int64, torch.float64) or (noise is not None and noise.dtype == torch.int64)
+    return torch.int64 if wide else torch.int32
 
 
 def _requantize_numbers(
@@ -247,7 +249,8 @@ def _rounded(x: Tensor, numbers: Sequence[Any], rounding: ShiftRounding, noise: 
         whole, drop, dropped, random = numbers[:4]
         up = (noise.to(x.dtype) & random).sub_((a & dropped).bitwise_right_shift_(drop))
         q = a.bitwise_right_shift_(whole).sub_(up.bitwise_right_shift_(sign_bit))
-    return q.mul_(x.sign())
+    signed: Tensor = q.mul_(x.sign())
+    return signed
 
 
 def _requantize(

@@ -155,7 +155,13 @@ class StepContext:
 
 
 class UpdateRule(ABC):
-    """Updates what the user's optimizer does not own; called by the precision plugin around each step."""
+    """Updates what the user's optimizer does not own; called by the precision plugin around each step.
+
+    Attributes:
+        inert: settings of a Trainer or an optimizer that do not reach these weights, and what does.
+    """
+
+    inert: ClassVar[Mapping[str, str]] = {}
 
     def before_step(  # noqa: B027  # optional
         self, optimizer: torch.optim.Optimizer, context: StepContext
@@ -291,7 +297,11 @@ class LowBitModule(nn.Module):
 
     def integer_state(self) -> dict[str, Tensor]:
         """The integers that the module is trained to, by name; empty where its state is float."""
-        return {}
+        found: dict[str, Tensor] = {}
+        for slot, child in self.named_children():
+            state: dict[str, Tensor] = getattr(child, "integer_state", dict)()
+            found |= {f"{slot}.{name}": value for name, value in state.items()}
+        return found
 
     def note_run(self) -> None:
         if self.switch.ran is not None:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_lowbit.modules.base import Scheme, Site, Switch
-from lightning_lowbit.modules.carrier import Carrier, apply, carry, plain
+from lightning_lowbit.modules.carrier import Carrier, apply, carry, is_codes, plain
 from lightning_lowbit.modules.quantizer import Quantizer
 from lightning_lowbit.numerics.exponent import EXPONENT_MIN, ceil_log2, clamp_exponent, pow2
 from lightning_lowbit.numerics.grid import Grid
-from lightning_lowbit.numerics.niti_rules import input_codes, weight_codes_maxnorm
+from lightning_lowbit.numerics.niti_rules import drawn_range, input_codes, weight_codes_maxnorm
 from lightning_lowbit.numerics.observers import AllReduce
 
 __all__ = ["BiasCodes", "BlockInput", "BlockRange", "ErrorRange", "WeightCodes", "largest_range", "stable_hash"]
@@ -61,9 +61,9 @@ class BlockRange(Quantizer):
         static = self.static and self.settled
         if not static:
             here = run.reduce_max(here)
-        # Kept as one process would see it.
+        # Kept as one process would see it; 128 stands for what is not finite.
         spread = run.error_bits if self.site.role == "error" else 0
-        self.seen.copy_(torch.maximum(self.seen, here - spread))
+        self.seen.copy_(torch.maximum(self.seen, torch.where(here < 128, here - spread, here) if spread else here))
         return self.range() + spread if static else here
 
     @property
@@ -106,9 +106,12 @@ class BlockRange(Quantizer):
         self.settled = bool(self.frozen > EXPONENT_MIN)
 
     # -- what all quantizers answer -----------------------------------------------------------------------
+    def integer_state(self) -> dict[str, Tensor]:
+        return {"range": self.range()}
+
     def quantize(self, x: Tensor, rectify: bool = False) -> Tensor:
-        """Float values as a carrier; a carrier has been rounded already, with the range that arithmetic asked for."""
-        return x if isinstance(x, Carrier) else apply(_Enter, x, self)
+        """Float values, and sums that nobody followed, as a carrier of codes; other carriers have been rounded."""
+        return x if is_codes(x) else apply(_Enter, x, self)
 
     def saturated(self, x: Tensor) -> Tensor:
         return torch.zeros((), device=x.device) if isinstance(x, Carrier) else (x.abs() > pow2(self.range())).sum()
@@ -126,6 +129,9 @@ class ErrorRange(BlockRange):
     def __init__(self, site: Site) -> None:
         super().__init__(site)
         self.arriving = BlockRange(replace(site, slot=f"{site.slot}.arriving"))
+
+    def integer_state(self) -> dict[str, Tensor]:
+        return {}  # of no use to evaluation
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -149,18 +155,19 @@ class BlockInput(BlockRange):
 
 
 class _Enter(torch.autograd.Function):
-    """q = round_half_even(x * 2^(7-b)), b the range of the batch; the error goes back as float values."""
+    """q = round_half_even(x * 2^(7-b)), b the range of the batch; the error goes back as the values came."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, ranges: BlockRange) -> Tensor:
         found = ranges.follow(lambda: largest_range(x), ranges.training)
         # Nothing but zeros, on any process: the range is 1 by convention.
         found = torch.where(found > EXPONENT_MIN, found, 0)
-        return carry(*input_codes(x, found, narrow=ranges.narrow), ranges)
+        ctx.integer = isinstance(x, Carrier)
+        return carry(*input_codes(plain(x), found, narrow=ranges.narrow), ranges)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return plain(grad), None
+        return grad if ctx.integer else plain(grad), None
 
 
 def largest_range(x: Tensor) -> Tensor:
@@ -177,6 +184,8 @@ class WeightCodes(Quantizer):
     Args:
         site: the weight.
         redraw: draw the weight anew, Xavier uniform and scaled to its largest value (NITI section 5), from this seed.
+        room: give the weight at least the range of such a draw: the clip at +-127 is no regularizer that anybody asked
+            for, and smaller draws (torch's default is one) have to grow.
     """
 
     block_exponent: Tensor
@@ -184,9 +193,9 @@ class WeightCodes(Quantizer):
     bits = CODE_BITS
     dtype = torch.int8
 
-    def __init__(self, site: Site, redraw: int | None = None) -> None:
+    def __init__(self, site: Site, redraw: int | None = None, room: bool = False) -> None:
         super().__init__(site)
-        self.redraw = redraw
+        self.redraw, self.room = redraw, room
         self.register_buffer("block_exponent", torch.zeros(()))
         self.watched: Tensor | None = None
         self.cache: tuple[int, int, Tensor] | None = None  # address and version of the weight, its codes
@@ -207,10 +216,20 @@ class WeightCodes(Quantizer):
     def first_codes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The codes that training starts from: a pure power of two on what was found (Decision 4)."""
         if self.redraw is None:
-            return input_codes(weight, largest_range(weight), narrow=True)
+            return input_codes(weight, self.range_of(weight), narrow=True)
         generator = torch.Generator().manual_seed(self.redraw + stable_hash(self.site.path) & 0x7FFFFFFF)
         drawn = nn.init.xavier_uniform_(torch.empty(weight.shape), generator=generator)
         return weight_codes_maxnorm(drawn.to(weight.device))
+
+    def range_of(self, weight: Tensor) -> Tensor:
+        """The range that training has: what is found, or more of it; 1 where nothing is."""
+        found = largest_range(weight)
+        if self.room:
+            found = found.clamp(min=drawn_range(weight.shape))
+        return torch.where(found > EXPONENT_MIN, found, 0)
+
+    def integer_state(self) -> dict[str, Tensor]:
+        return {"codes": self.codes(), "exponent": self.exponent()}
 
     def target(self) -> Tensor:
         """The user's parameter that the codes belong to."""
@@ -261,8 +280,8 @@ class BiasCodes(WeightCodes):
     dtype = torch.int16
 
     def first_codes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        scale = self.layer.weight.detach()
-        exponent = torch.maximum(largest_range(weight), largest_range(scale)) - self.bits
+        of_weight = self.layer.lowbit_weight.range_of(self.layer.weight.detach())
+        exponent = clamp_exponent(torch.maximum(largest_range(weight), of_weight) - self.bits)
         limit = 2**self.bits - 1
         codes = torch.round(weight.double() * pow2(-exponent, torch.float64)).clamp(-limit, limit)
         return codes.to(self.dtype), exponent

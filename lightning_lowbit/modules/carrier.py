@@ -16,7 +16,7 @@ from lightning_lowbit.numerics.exponent import clamp_exponent, pow2
 if TYPE_CHECKING:
     from lightning_lowbit.modules.base import Scheme, Switch
 
-__all__ = ["Carrier", "apply", "carry", "plain"]
+__all__ = ["Carrier", "apply", "carry", "is_codes", "plain"]
 
 _aten = torch.ops.aten
 
@@ -88,7 +88,7 @@ class Carrier(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*tree_map(plain, args), **kwargs)
         first = args[0] if args else kwargs.get("input")
-        if type(first) is Carrier:
+        if type(first) is Carrier and first.__dict__["payload"].dtype is torch.int8:
             integer: Callable[..., Any] | None = first.__dict__["origin"].scheme.functions().get(func)
             if integer is not None:
                 result = integer(*args, **kwargs)
@@ -135,6 +135,11 @@ def apply(function: Any, *args: Any) -> Tensor:
 def plain(value: Any) -> Any:
     """A carrier's float values; anything else as it is."""
     return value.plain() if isinstance(value, Carrier) else value
+
+
+def is_codes(value: Any) -> bool:
+    """Whether it is a carrier of int8, not of a wider sum that user code made where nobody followed it."""
+    return isinstance(value, Carrier) and value.payload.dtype is torch.int8
 
 
 def carry(payload: Tensor, exponent: Tensor, origin: Any) -> Carrier:

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_lowbit import kernels
 from lightning_lowbit.errors import UnsupportedModelError
 from lightning_lowbit.modules.block import BiasCodes, WeightCodes
-from lightning_lowbit.modules.carrier import Carrier, apply
+from lightning_lowbit.modules.carrier import Carrier, apply, is_codes
 from lightning_lowbit.modules.elementwise import LowBitReLU
 from lightning_lowbit.modules.integer_rounding import error_codes, rounded
 from lightning_lowbit.modules.layers import LowBitConv1d, LowBitConv2d, LowBitLayer, LowBitLinear
@@ -99,7 +99,7 @@ def unsupported(layer: torch.nn.Module) -> str | None:
 
 def integer_layer(layer: LowBitLayer, x: Tensor) -> Tensor:
     """A layer's forward on a carrier: int8 product, bias, one rounding."""
-    if not isinstance(x, Carrier):
+    if not is_codes(x):
         raise UnsupportedModelError(
             f"{layer.path}: its input came in float where integers were expected, behind operations that were not "
             "followed when the network was converted. Make them modules, or leave the layer float with skip=."

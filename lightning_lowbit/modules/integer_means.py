@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_lowbit.kernels import bit_width
 from lightning_lowbit.modules.block import CODE_BITS, BlockRange
-from lightning_lowbit.modules.carrier import Carrier, apply, carry, plain
+from lightning_lowbit.modules.carrier import Carrier, apply, carry, is_codes
 from lightning_lowbit.modules.elementwise import LowBitAvgPool
 from lightning_lowbit.modules.integer_pooling import Windows, as_tuple, zeros_for
 from lightning_lowbit.modules.integer_rounding import error_codes
@@ -74,11 +74,11 @@ def integer_mean(op: LowBitAvgPool, x: Tensor, *args: Any, **settings: Any) -> T
     f is at most ceil(log2 n): means are no finer than their sums. Windows of unequal size (padding that does not
     count, adaptive sizes that do not divide) are left to float code.
     """
-    if not isinstance(x, Carrier):
+    if not is_codes(x):
         return op.op(x, *args, **settings)
     mean = _over_axes(x, *args, **settings) if op.kind is None else _over_windows(op, x, args, settings)
     if mean is None:
-        return op.op(plain(x), *args, **settings)
+        return op.op(x, *args, **settings)
     return apply(_MeanFn, x, op, mean)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_lowbit.modules.block import CODE_BITS, BlockRange, largest_range
-from lightning_lowbit.modules.carrier import Carrier, apply, carry
+from lightning_lowbit.modules.carrier import Carrier, apply, carry, is_codes
 from lightning_lowbit.modules.integer_rounding import error_codes
 from lightning_lowbit.numerics.exponent import pow2
 from lightning_lowbit.numerics.rounding import Rounding, round_to
@@ -21,7 +21,7 @@ __all__ = ["integer_norm"]
 
 def integer_norm(norm: Any, x: Tensor) -> Tensor:
     """y = (x - mean) / sqrt(var + eps) * gamma + beta of a carrier [N, C, ...], rounded to 8 bits."""
-    if not isinstance(x, Carrier):
+    if not is_codes(x):
         return norm.op(x)  # type: ignore[no-any-return]
     return apply(_Norm, x, norm.weight, norm.bias, norm)
 

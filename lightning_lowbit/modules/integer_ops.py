@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_lowbit import kernels
 from lightning_lowbit.kernels.sums import aligned_sum
-from lightning_lowbit.modules.carrier import Carrier, apply
+from lightning_lowbit.modules.carrier import Carrier, apply, is_codes
 from lightning_lowbit.modules.elementwise import LowBitAdd, LowBitCat, LowBitReLU
 from lightning_lowbit.modules.integer_rounding import error_codes, random_bits, rounded
 from lightning_lowbit.numerics.exponent import pow2
@@ -70,7 +70,7 @@ class _Add(torch.autograd.Function):
 
 def integer_cat(op: LowBitCat, tensors: Sequence[Tensor], dim: int) -> Tensor:
     """Side by side on the coarsest exponent of all; finer operands are shifted right, ties away from zero."""
-    if not all(isinstance(x, Carrier) for x in tensors):
+    if not all(map(is_codes, tensors)):
         return op.op(tensors, dim)
     return apply(_Cat, op, dim, *tensors)
 

@@ -53,7 +53,7 @@ def rounded(acc: Tensor, exponent: Tensor, origin: Any, ranges: BlockRange, purp
     shift = (largest - exponent - CODE_BITS).clamp(min=0)
     rounding, noise = origin.scheme.shift_rounding(purpose), None
     if rounding is ShiftRounding.STOCHASTIC:
-        noise = random_bits(origin, purpose, acc.shape[0], acc[0].numel(), acc.device).reshape(acc.shape)
+        noise = random_bits(origin, purpose, acc.shape[0], acc.shape[1:].numel(), acc.device).reshape(acc.shape)
     codes = kernels.requantize(acc, shift, rounding=rounding, noise=noise)
     if origin.scheme.wraps:  # the published code: what needs no shift is cast, and +128 becomes -128
         codes = torch.where(shift == 0, acc.to(torch.int8), codes)
@@ -79,6 +79,6 @@ def error_codes(grad: Tensor, origin: Any, ranges: ErrorRange) -> tuple[Tensor, 
     exponent = ranges.arriving.follow(lambda: largest_range(grad), True) - CODE_BITS
     # 16 bits below the code are kept for the rounding: what is finer than 2^-16 of a step is cut off.
     scaled = (grad.double() * pow2(16 - exponent, torch.float64)).clamp(-(2**30), 2**30).to(torch.int32)
-    noise = random_bits(origin, "gate", grad.shape[0], grad[0].numel(), grad.device).reshape(grad.shape)
+    noise = random_bits(origin, "gate", grad.shape[0], grad.shape[1:].numel(), grad.device).reshape(grad.shape)
     shift = torch.full_like(exponent, 16)
     return kernels.requantize(scaled, shift, rounding=ShiftRounding.STOCHASTIC, noise=noise), exponent

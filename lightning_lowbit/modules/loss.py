@@ -52,14 +52,14 @@ class _CrossEntropy(torch.autograd.Function):
         codes, exponent, target = ctx.saved_tensors
         origin, run = ctx.origin, ctx.origin.switch.run
         rows = codes.movedim(1, -1)
-        per_sample = rows[0].numel()
+        per_sample = rows.shape[1:].numel()
         noise = random_bits(origin, "loss", len(rows), per_sample, rows.device, batch=ctx.batch)
         shape, classes = rows.shape, rows.shape[-1]
         err = cross_entropy_error(rows.reshape(-1, classes), exponent, target.reshape(-1), noise.reshape(-1, classes))
         count = torch.full((), 0 if run.blank else target.numel(), device=codes.device)
         factor = grad.double()
         if ctx.reduction == "mean":
-            factor = factor / run.reduce_sum(count)
+            factor = factor / run.reduce_sum(count).clamp(min=1)
         sign = (torch.zeros_like(grad) if run.blank else grad.sign()).to(err.dtype)
         err = (err * sign).reshape(shape).movedim(-1, 1)
         return carry(err, ceil_log2(factor.abs()) + (run.error_bits + ERROR_EXPONENT), origin), None, None

@@ -33,6 +33,11 @@ class LowBitBatchNorm(LowBitModule):
         """The float operation."""
         return super().forward(x)  # type: ignore[no-any-return]  # of torch's batch norm behind it
 
+    def integer_state(self) -> dict[str, Tensor]:
+        """An island's parameters and statistics are float, and the same bits on any machine."""
+        own = (*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)) if self.island else ()
+        return {**super().integer_state(), **dict(own)}
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.switch.folding:
             return self.op(x)

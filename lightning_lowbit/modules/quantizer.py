@@ -78,6 +78,10 @@ class Quantizer(nn.Module):
         """Set the grid from what was seen and mark the tie ready; a tensor of zeros only stays open."""
         self.set_ready()
 
+    def integer_state(self) -> dict[str, Tensor]:
+        """The integers that training moves here, by name."""
+        return {}
+
     def settle(self, reset: bool) -> None:
         """An epoch of training ended, or (without ``reset``) a validation begins: take over what was seen in it."""
 

@@ -116,8 +116,7 @@ def cross_entropy_error(
             "logits; draw one number per logit."
         )
     shift = _SHIFT + (extra_bits(logits.shape[1]) if extra is None else extra)
-    drawn = noise.to(torch.int64) & (1 << shift) - 1
-    err = shift_round(wide, shift, ShiftRounding.STOCHASTIC, drawn)
+    err = shift_round(wide, shift, ShiftRounding.STOCHASTIC, noise)
     return err.clamp(-_LEVELS, _LEVELS).to(torch.int8)
 
 

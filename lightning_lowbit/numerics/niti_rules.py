@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from lightning_lowbit.numerics.block import bit_width
 from lightning_lowbit.numerics.exponent import ceil_log2, clamp_exponent, pow2
 
-__all__ = ["EMPTY_EXPONENT", "act_shift", "decayed", "grad_shift", "input_codes", "updated", "weight_codes_maxnorm"]
+__all__ = ["EMPTY_EXPONENT", "act_shift", "decayed", "drawn_range", "grad_shift", "input_codes", "weight_codes_maxnorm"]
 
 PAYLOAD_BITS = 7
 """Magnitude bits of an int8 payload."""
@@ -69,20 +72,6 @@ def decayed(acc: Tensor, weight: Tensor) -> Tensor:
     return acc.to(torch.int64) + torch.div(term, one << (-gain).clamp(min=0), rounding_mode="trunc")
 
 
-def updated(weight: Tensor, update: Tensor) -> Tensor:
-    """The weights after a step: w - update, clipped at +-127; no rate, no momentum (NITI, sec. Update).
-
-    Args:
-        weight: payload, int8, any shape.
-        update: the rounded weight gradient, int8, same shape, at the weight's exponent whatever its own.
-
-    >>> weight, update = torch.tensor([-127, -127, 0, 127], dtype=torch.int8), torch.tensor([-32, 32, 5, -32])
-    >>> updated(weight, update.to(torch.int8)).tolist()
-    [-95, -127, -5, 127]
-    """
-    return (weight.to(torch.int16) - update.to(torch.int16)).clamp(-127, 127).to(torch.int8)
-
-
 def weight_codes_maxnorm(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Weights drawn at random to int8, scaled so that the largest is +-127 (NITI, sec. Initialization).
 
@@ -109,6 +98,16 @@ def weight_codes_maxnorm(weight: Tensor) -> tuple[Tensor, Tensor]:
     # In this order: 127 / R would overflow for the smallest R, and w / R rounds as the published code does.
     codes = torch.round(weight / scale * 127).to(torch.int8)
     return codes, _exponent_of(largest)
+
+
+def drawn_range(shape: Sequence[int]) -> int:
+    """Exponent of the range of a Xavier uniform draw: ceil(log2 sqrt(6 / (fan_in + fan_out))), fans as (O, I, kH, kW).
+
+    >>> drawn_range((64, 64)), drawn_range((10, 64)), drawn_range((128, 128, 3, 3)), drawn_range((3, 3))
+    (-2, -1, -4, 0)
+    """
+    outputs, inputs, *window = shape
+    return math.ceil(math.log2(6 / ((outputs + inputs) * math.prod(window))) / 2)
 
 
 def input_codes(x: Tensor, range_exponent: Tensor | int | None = None, narrow: bool = False) -> tuple[Tensor, Tensor]:
@@ -160,6 +159,6 @@ def _clamped(range_exponent: Tensor) -> Tensor:
 
 
 def _scaled(x: Tensor, shift: Tensor) -> Tensor:
-    """x * 2**shift in two factors: 2^149 is no float32. Where the first product underflows the second stays below 1/2."""
+    """x * 2**shift in two factors: 2^149 is no float32. Where the first underflows the result stays below 1/2."""
     half = torch.div(shift, 2, rounding_mode="trunc")
     return x * pow2(half, x.dtype) * pow2(shift - half, x.dtype)

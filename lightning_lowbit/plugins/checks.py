@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
 from lightning_lowbit.errors import ConfigError
+from lightning_lowbit.modules.base import UpdateRule
 
 __all__ = [
     "check_checkpoint_file",
@@ -18,6 +20,7 @@ __all__ = [
     "check_root_mode",
     "check_stepped",
     "check_trainer",
+    "say_inert",
 ]
 
 # By name: the same classes exist in two Lightning namespaces.
@@ -80,6 +83,13 @@ def check_neighbors(trainer: Any, ours: Any) -> None:
                     f"{type(callback).__name__} took "
                     f"the float model in its setup. Put {type(ours).__name__} before it in the list."
                 )
+    for callback in trainer.callbacks if ours.scheme.carries_errors else ():
+        if not set(_EDITS_WEIGHTS).isdisjoint(_names(callback)):
+            raise ConfigError(
+                f"Trainer(callbacks=[..., {type(callback).__name__}, ...]): scheme {ours.scheme.name!r} updates "
+                f"integer weights in place, which a mask would undo unseen. Leave {type(callback).__name__} out, or "
+                "prune before and make it permanent (torch.nn.utils.prune.remove)."
+            )
 
 
 def check_optimizers(trainer: Any) -> None:
@@ -92,16 +102,29 @@ def check_optimizers(trainer: Any) -> None:
             )
 
 
+def say_inert(trainer: Any, rule: UpdateRule | None) -> None:
+    """Settings of the user's that do not reach the weights which the rule updates: named once a fit."""
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    given = {
+        "gradient_clip_val": trainer.gradient_clip_val,
+        "lr_scheduler": trainer.lr_scheduler_configs,
+        "weight_decay": any(group.get("weight_decay") for group in groups),
+        "momentum": any(group.get("momentum") for group in groups),
+    }
+    inert = {} if rule is None else rule.inert
+    named = [f"{name} ({inert[name]})" for name, value in given.items() if value and name in inert]
+    if named:
+        rank_zero_info(f"lightning_lowbit: no effect on integer weights: {'; '.join(named)}")
+
+
 def check_stepped(waiting: list[str]) -> None:
-    """Refuse an epoch in which trained ranges got gradients and no step came by; call it where none came."""
+    """Refuse an epoch in which ranges or integer weights got gradients and no step came; call it where none did."""
     if waiting:
         raise ConfigError(
             f"{waiting[0]}: it got gradients for a whole epoch and was never stepped ({len(waiting)} such "
-            "in all), so ranges would "
-            "stay at their calibration. A raw optimizer.step() passes the Trainer by: take the optimizers "
-            "from self.optimizers(), "
-            "whose step() goes through it, or call lightning_lowbit.lowbit_step(self, optimizer) in its "
-            "place."
+            "in all), so ranges would stay at their calibration, and integer weights as they are. A raw "
+            "optimizer.step() passes the Trainer by: take the optimizers from self.optimizers(), whose step() goes "
+            "through it, or call lightning_lowbit.lowbit_step(self, optimizer) in its place."
         )
 
 

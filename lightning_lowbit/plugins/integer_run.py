@@ -7,13 +7,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.kernels import backend_report
 from lightning_lowbit.modules.base import Run, UpdateRule, switch_of
+from lightning_lowbit.modules.block import BlockRange, WeightCodes
 from lightning_lowbit.modules.convert import quantizers
 from lightning_lowbit.plugins.distributed import process_rank, reduce_max, reduce_sum, world_size
 from lightning_lowbit.plugins.sampler import is_blank
 
-__all__ = ["begin_batch", "end_run", "log_rule", "run_notes", "settle"]
+__all__ = ["begin_batch", "end_run", "log_rule", "renew_codes", "run_notes", "settle"]
+
+
+_NOT_FINITE = 128  # the range of a tensor that holds NaN or inf
 
 
 def begin_batch(trainer: Any, model: nn.Module, batch_idx: int) -> None:
@@ -25,15 +30,48 @@ def begin_batch(trainer: Any, model: nn.Module, batch_idx: int) -> None:
 
 
 def end_run(model: nn.Module) -> None:
-    """Computing goes on in one process, as if there had been no run."""
+    """Computing goes on in one process, as if there had been no run; averaged weights lie on their grids."""
     switch = switch_of(model)
+    renew_codes(model)
+    for _, quantizer in quantizers(model):
+        if isinstance(quantizer, WeightCodes) and quantizer.ready:
+            quantizer.store(quantizer.codes())
     switch.run = Run(batch=switch.run.batch, clamped=switch.run.clamped)
 
 
-def settle(model: nn.Module, reset: bool) -> None:
-    """Evaluation takes over the largest ranges that training has seen; ``reset`` begins to watch anew."""
+def renew_codes(model: nn.Module) -> None:
+    """Read integer weights from the parameters anew: weight averaging writes to ``parameter.data``, unseen."""
     for _, quantizer in quantizers(model):
+        if isinstance(quantizer, WeightCodes):
+            quantizer.cache = None
+
+
+def settle(model: nn.Module, reset: bool) -> None:
+    """Evaluation takes over the largest ranges that training has seen; ``reset`` begins to watch anew.
+
+    Ranges that training shares only now and then are shared: all processes, and a checkpoint, hold the same.
+    """
+    found = [quantizer for _, quantizer in quantizers(model)]
+    shared = [quantizer for quantizer in found if isinstance(quantizer, BlockRange) and quantizer.static]
+    if shared:
+        seen = reduce_max(torch.stack([quantizer.seen for quantizer in shared]).to(torch.int32))
+        for ranges, value in zip(shared, seen, strict=True):
+            ranges.seen.copy_(value)
+    _check_finite([quantizer for quantizer in found if isinstance(quantizer, BlockRange)])
+    for quantizer in found:
         quantizer.settle(reset)
+
+
+def _check_finite(ranges: list[BlockRange]) -> None:
+    """Integers hold no NaN: a value that was none has left its mark on the range of the tensor that it entered."""
+    beyond = (torch.stack([quantizer.seen for quantizer in ranges]) >= _NOT_FINITE).tolist() if ranges else []
+    sites = [quantizer.site.key for quantizer, bad in zip(ranges, beyond, strict=True) if bad]
+    if sites:
+        raise ConfigError(
+            f"{sites[0]}: got NaN, infinite values or some beyond 2^127 in training since the epoch began"
+            + (f" (and so did {len(sites) - 1} more: {', '.join(sites[1:4])})" if len(sites) > 1 else "")
+            + ", expected finite numbers. Look at the batches and the loss, and go on from an earlier checkpoint."
+        )
 
 
 def log_rule(trainer: Any, rule: UpdateRule | None, interval: str) -> None:

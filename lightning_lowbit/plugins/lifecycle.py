@@ -41,7 +41,7 @@ from lightning_lowbit.plugins.checkpoint import (
 from lightning_lowbit.plugins.compiling import compile_in_place
 from lightning_lowbit.plugins.distributed import ignore_in_ddp, share_ignored, step_context
 from lightning_lowbit.plugins.evaluation import validate_within_fit, validation_metrics
-from lightning_lowbit.plugins.integer_run import begin_batch, end_run, log_rule, run_notes, settle
+from lightning_lowbit.plugins.integer_run import begin_batch, end_run, log_rule, renew_codes, run_notes, settle
 from lightning_lowbit.plugins.label_free import reconstruct_within_fit
 from lightning_lowbit.plugins.patching import Patches
 from lightning_lowbit.plugins.precision import low_bit, rule_of
@@ -191,6 +191,7 @@ class Lifecycle(Callback):
             self._write(trainer, pl_module, checkpoint)
 
     def _write(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        settle(pl_module, reset=False)  # in place: the checkpoint's state dict holds these very buffers
         spec = write_spec(self.scheme, self.selection, switch_of(pl_module).conversion)
         if "optimizer_states" in checkpoint and self.schedule is not None:
             spec["run"] = {
@@ -222,6 +223,7 @@ class Lifecycle(Callback):
         checks.check_optimizers(trainer)
         share_ignored(pl_module)
         self.rule = rule_of(pl_module, renew=True)
+        checks.say_inert(trainer, self.rule)
         if self._restored is None:
             self._initialize(pl_module)  # a missing file is no matter to a run that resumes
         else:
@@ -351,6 +353,7 @@ class Lifecycle(Callback):
     def _watch(self, pl_module: nn.Module, batch_idx: int, dataloader_idx: int) -> None:
         switch = switch_of(pl_module)
         if batch_idx == dataloader_idx == 0 and switch.quantizing:
+            renew_codes(pl_module)  # weight averaging has put its own in place by now
             self._tally = switch.tally = Tally()  # saturation of one batch stands for the report
             self._presence.watch(pl_module)
 
@@ -360,6 +363,7 @@ class Lifecycle(Callback):
             self._presence.check(pl_module)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        renew_codes(pl_module)
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             kind = "trained" if switch_of(pl_module).started else "float"
             self.metrics[kind] = validation_metrics(trainer)

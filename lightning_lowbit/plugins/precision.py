@@ -114,13 +114,18 @@ def low_bit(base: Any, model: nn.Module, context: Callable[[], StepContext]) -> 
 def _class_for(base: Any) -> Any:
     def optimizer_step(self: Any, optimizer: Any, model: Any, closure: Any, **kwargs: Any) -> Any:
         self.lowbit_steps += 1
-        scaler = getattr(self, "scaler", None)
+        scaler: Any = getattr(self, "scaler", None)
         context: StepContext = self.lowbit_context()
-        if scaler is not None and scaler.is_enabled():
+        scaling = scaler is not None and scaler.is_enabled()
+        if scaling:
             context = dataclasses.replace(context, grad_scale=scaler.get_scale())
 
         def step(after_backward: Callable[[], Any]) -> Any:
-            return base.optimizer_step(self, optimizer, model=model, closure=after_backward, **kwargs)
+            if not scaling:
+                return base.optimizer_step(self, optimizer, model=model, closure=after_backward, **kwargs)
+            loss = after_backward()
+            kind = base if _has_gradients(optimizer) else Precision  # a scaler refuses to step where there are none
+            return kind.optimizer_step(self, optimizer, model=model, closure=lambda: loss, **kwargs)
 
         return lowbit_step(self.lowbit_model, optimizer, closure, context, step)
 
@@ -134,6 +139,10 @@ def _class_for(base: Any) -> Any:
 
         return context
 
+    def clip_grad_by_value(self: Any, optimizer: Any, clip_val: float) -> None:
+        if _has_gradients(optimizer):  # torch refuses to clip none
+            base.clip_grad_by_value(self, optimizer, clip_val)
+
     def reduce(self: Any) -> Any:
         plain: Any = object.__new__(base)
         state = {k: v for k, v in self.__dict__.items() if not k.startswith("lowbit_")}
@@ -146,12 +155,18 @@ def _class_for(base: Any) -> Any:
         (base,),
         {
             "optimizer_step": optimizer_step,
+            "clip_grad_by_value": clip_grad_by_value,
             "__reduce__": reduce,
             "__qualname__": base.__qualname__,
             "__module__": base.__module__,
             **{name: evaluation_context(name) for name in contexts},
         },
     )
+
+
+def _has_gradients(optimizer: Any) -> bool:
+    """Whether any parameter has one: those of integer layers never do."""
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
 
 
 def _restore(plain: Any) -> Any:

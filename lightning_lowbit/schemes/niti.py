@@ -120,7 +120,7 @@ class Niti(Scheme):
         for option in ("recipe", "norms", "act_rounding", "err_rounding", "grad_rounding", "init", "dropout", "preset"):
             check_choice(type(self), option, getattr(self, option))
         if self.mu is not None:
-            object.__setattr__(self, "mu", (self.mu,) if isinstance(self.mu, int) else tuple(self.mu))
+            object.__setattr__(self, "mu", tuple(self.mu) if isinstance(self.mu, (tuple, list)) else (self.mu,))
         object.__setattr__(self, "mu_at", tuple(self.mu_at))
         for moment in self.mu_at:
             check_moment("Niti: mu_at", moment)
@@ -180,7 +180,8 @@ class Niti(Scheme):
     def quantizer(self, site: Site) -> Quantizer | None:
         made: BlockRange | WeightCodes | None = None
         if site.role == "weight":
-            made = WeightCodes(site, redraw=self.seed if self.init == "xavier" else None)
+            redraw = self.seed if self.init == "xavier" else None
+            made = WeightCodes(site, redraw, room=self._recipe == "scratch")
         elif site.role == "bias":
             made = BiasCodes(site)
         elif site.role == "error":
@@ -193,7 +194,8 @@ class Niti(Scheme):
             made = BlockRange(site)
         if isinstance(made, BlockRange):
             made.__dict__["scheme"] = self
-            made.static = self.frozen_shifts is not None
+            for part in made.modules():  # an error's range has a second one for sums that arrive
+                part.__dict__["static"] = self.frozen_shifts is not None
         return made
 
     def batch_norm(self, site: Site, norm: nn.Module) -> str:

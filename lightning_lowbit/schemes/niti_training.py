@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,13 @@ class NitiRule(UpdateRule):
         current: by parameter path, the codes that the last update left.
     """
 
+    inert: ClassVar[Mapping[str, str]] = {
+        "gradient_clip_val": "mu bounds every update",
+        "lr_scheduler": "mu and mu_at of the scheme take its place",
+        "weight_decay": "weight_decay of the scheme takes its place",
+        "momentum": "momentum of the scheme takes its place",
+    }
+
     def __init__(self, scheme: Niti, modules: dict[str, nn.Module]) -> None:
         self.scheme = scheme
         self.layers: dict[str, Any] = {path: m for path, m in modules.items() if hasattr(m, "gathered")}
@@ -61,6 +69,9 @@ class NitiRule(UpdateRule):
         else:
             self.reached.pop(int(place), None)
         self.mu = self.reached[max(self.reached)] if self.reached else self.scheme.schedule[0]
+
+    def waiting(self) -> list[str]:
+        return [path for path, layer in self.layers.items() if layer.gathered]
 
     def logged(self) -> dict[str, float]:
         return {"mu": float(self.mu)}
@@ -134,7 +145,8 @@ class NitiRule(UpdateRule):
         if not self.scheme.master_bits:
             return codes
         # Somebody else may have written to the weight (a load, a hook): then the master begins at its codes.
-        if key not in self.masters or self.current.get(key, codes) is not codes:
+        known = self.current.get(key, codes)
+        if key not in self.masters or not (known is codes or torch.equal(known, codes)):
             self.masters[key] = codes.to(torch.int16) << self.scheme.master_bits
         return self.masters[key]
 
@@ -181,10 +193,13 @@ class NitiRule(UpdateRule):
 
 
 def _reduced(sums: list[Tensor], context: StepContext) -> list[Tensor]:
-    """Sums over the processes, exact: int32 where the global sum fits on every process's word, else int64."""
-    if context.world == 1:
+    """Sums over the processes, exact: in int32 with a flag for each that may wrap, and those once more in int64."""
+    if context.world == 1 or not sums:
         return sums
     spare = (context.world - 1).bit_length()
-    wide = context.reduce_max(torch.stack([kernels.bit_width(acc) + spare > 31 for acc in sums]).to(torch.int32))
-    dtypes = [torch.int64 if flag else torch.int32 for flag in wide.tolist()]
-    return context.reduce_sums([acc.to(dtype) for acc, dtype in zip(sums, dtypes, strict=True)])
+    wide = torch.stack([kernels.bit_width(acc) + spare > 30 for acc in sums]).to(torch.int32)
+    *totals, wide = context.reduce_sums([*(acc.to(torch.int32) for acc in sums), wide])
+    again = [place for place, processes in enumerate(wide.tolist()) if processes]
+    for place, total in zip(again, context.reduce_sums([sums[place].to(torch.int64) for place in again]), strict=True):
+        totals[place] = total
+    return totals

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import io
+import json
 import sys
 import zipfile
 from pathlib import Path
@@ -18,6 +20,8 @@ sys.path.insert(0, str(EXAMPLES))
 
 import cifar  # noqa: E402
 import finetune_resnet20  # noqa: E402
+import integer_training  # noqa: E402
+import mnist  # noqa: E402
 import resnet  # noqa: E402
 
 QUIET = {
@@ -204,3 +208,92 @@ def test_yaml_runs_through_the_command_line(
     words += ["--data.batch_size", "8", "--model.blocks", "1", "--quant.init_from", str(checkpoint)]
     cli.main([*words, "--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path)])
     assert list(tmp_path.rglob("*.ckpt"))
+
+
+# -- integer training ----------------------------------------------------------------------------------------------
+def write_idx(path: Path, array: Tensor) -> None:
+    header = bytes([0, 0, 8, array.dim()]) + b"".join(length.to_bytes(4, "big") for length in array.shape)
+    path.write_bytes(gzip.compress(header + array.numpy().tobytes()))
+
+
+@pytest.fixture(scope="module")
+def idx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The four files of MNIST with 40 training and 20 test images of noise."""
+    folder = tmp_path_factory.mktemp("mnist")
+    generator = torch.Generator().manual_seed(0)
+    for name, count in (("train", 40), ("t10k", 20)):
+        pixels = torch.randint(0, 256, (count, 28, 28), generator=generator, dtype=torch.uint8)
+        write_idx(folder / f"{name}-images-idx3-ubyte.gz", pixels)
+        write_idx(folder / f"{name}-labels-idx1-ubyte.gz", torch.arange(count, dtype=torch.uint8) % 10)
+    return folder
+
+
+def test_idx_files_are_read_as_they_were_written(tmp_path: Path) -> None:
+    pixels = torch.arange(24, dtype=torch.uint8).view(2, 3, 4)
+    write_idx(tmp_path / "some-idx3-ubyte.gz", pixels)
+    (tmp_path / "plain-idx3-ubyte").write_bytes(gzip.decompress((tmp_path / "some-idx3-ubyte.gz").read_bytes()))
+    assert torch.equal(mnist.read_idx(tmp_path / "some-idx3-ubyte"), pixels)
+    assert torch.equal(mnist.read_idx(tmp_path / "plain-idx3-ubyte"), pixels)
+    (tmp_path / "short-idx3-ubyte").write_bytes((tmp_path / "plain-idx3-ubyte").read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"short-idx3-ubyte: expected an idx file .* got 39 bytes"):
+        mnist.read_idx(tmp_path / "short-idx3-ubyte")
+
+
+def test_mnist_batches_are_normalized(idx: Path) -> None:
+    data = mnist.MnistData(str(idx), batch_size=8)
+    data.setup("fit")
+    raw, labels = next(iter(data.val_dataloader()))
+    images, same = data.on_after_batch_transfer((raw, labels), 0)
+    assert images.shape == (20, 1, 28, 28)
+    torch.testing.assert_close(images[:, 0], (raw / 255 - 0.1307) / 0.3081)
+    assert torch.equal(same, torch.arange(20) % 10)
+
+
+def test_integer_training_prints_both_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {name: tmp_path / f"{name}.json" for name in ("certificate", "json")}
+    argv = ["--net", "mlp", "--epochs", "6", "--data.batch_size", "32", "--seeds", "0", "1"]
+    results = integer_training.main([*argv, *(word for name in files for word in (f"--{name}", str(files[name])))])
+    printed = capsys.readouterr().out
+    for row, result in results.items():
+        assert [len(curve) for curve in result.epochs] == [6, 6]
+        assert max(result.before) < 30
+        assert min(curve[-1] for curve in result.epochs) > 85
+        assert f"| {row} |" in printed
+    written = json.loads(files["json"].read_text())
+    assert written["niti"]["epochs"] == results["niti"].epochs
+    certificate = json.loads(files["certificate"].read_text())
+    assert certificate["scheme"] == "niti"
+    assert certificate["limits"] == []
+    assert len(certificate["records"]) == 6
+
+
+def test_integer_training_takes_every_network(root: Path, idx: Path) -> None:
+    for net, folder, options in (
+        ("lenet", idx, []),
+        ("vgg_small", root, ["--steps_per_epoch", "1"]),
+        ("digits_bn", idx, ["--steps_per_epoch", "2"]),
+        ("resnet20", root, ["--steps_per_epoch", "1", "--niti", '{"mu": [-2]}']),
+    ):
+        results = integer_training.main(
+            ["--net", net, "--data.root", str(folder), "--data.batch_size", "4", "--rows", "niti", *options]
+        )
+        assert all(0 <= value <= 100 for curve in results["niti"].epochs for value in curve)
+
+
+def test_images_that_are_missing_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        integer_training.main(["--net", "lenet"])
+    assert "--net lenet needs --data.root" in capsys.readouterr().err
+
+
+def test_integer_yaml_logs_mu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cli = pytest.importorskip("lightning_lowbit.cli")
+    monkeypatch.chdir(tmp_path)
+    words = ["fit", "--config", str(EXAMPLES / "configs" / "niti_digits.yaml"), "--trainer.max_epochs", "4"]
+    cli.main([*words, "--trainer.limit_train_batches", "3", "--trainer.log_every_n_steps", "1"])
+    (metrics,) = tmp_path.rglob("metrics.csv")
+    header, *rows = (line.split(",") for line in metrics.read_text().splitlines())
+    seen = [float(row[header.index("mu")]) for row in rows if row[header.index("mu")]]
+    # 12 steps of 3 an epoch: 5 from the start, 4 from step 6, 3 from step 9.
+    assert seen == sorted(seen, reverse=True)
+    assert set(seen) == {5.0, 4.0, 3.0}

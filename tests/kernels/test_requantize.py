@@ -231,7 +231,7 @@ def test_the_policy_is_checked_and_nested(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_the_environment_decides_where_no_policy_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fusion, "_compiler_found", lambda device: True)
-    monkeypatch.setattr(fusion, "_chosen", [])
+    monkeypatch.setattr(fusion, "chosen_policies", [])
     x = torch.zeros(100)
     assert fusion.route(x) == "sliced"
     monkeypatch.setenv(fusion.ENVIRONMENT, "always")

@@ -111,7 +111,7 @@ def test_is_about_softmax_minus_one_hot(s: int) -> None:
     p = torch.softmax(payload.double() * 2.0**s, 1)
     want = p - torch.nn.functional.one_hot(target, 10)
     got = wide_error(payload, s, target) * 2.0**-11
-    # Taylor's third term at |v| < 1 is below 0.22 of e^v; z is an integer in the other branch, at most 1 off: a factor 2.
+    # Taylor drops a third term below 0.22 of e^v for |v| < 1; the other branch has whole z, so x is off by up to 2.
     bound = 0.1 if s <= -7 else 0.34
     assert (got - want).abs().max() < bound
     assert torch.equal(got.argmin(1), target)

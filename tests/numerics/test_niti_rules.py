@@ -16,7 +16,6 @@ from lightning_lowbit.numerics.niti_rules import (
     decayed,
     grad_shift,
     input_codes,
-    updated,
     weight_codes_maxnorm,
 )
 
@@ -125,10 +124,3 @@ def test_decay_truncates_toward_zero_and_never_overflows(top: int, w: int) -> No
 def test_decay_of_int32_accumulators_is_wide() -> None:
     top = torch.tensor([2**31 - 1], dtype=torch.int32)
     assert decayed(top, torch.tensor([127], dtype=torch.int8)).item() == 2**31 - 1 + 127 * 2**16
-
-
-def test_an_update_subtracts_and_clips() -> None:
-    w = torch.arange(-127, 128).to(torch.int8)
-    for g in (-127, -32, 0, 1, 127):
-        want = [max(-127, min(127, v - g)) for v in range(-127, 128)]
-        assert updated(w, torch.full_like(w, g)).tolist() == want

@@ -73,17 +73,16 @@ def test_ranks_saw_different_halves_of_the_global_batches(ranks: Ranks, alone: N
     assert ranks[0]["toy"]["losses"] != ranks[1]["toy"]["losses"]
 
 
-def test_one_and_two_processes_need_not_agree(ranks: Ranks, alone: Net) -> None:
-    """Equal samples do not make equal bits: the toy scheme chooses its exponents by the rank's own batch.
-
-    Sums over the processes do not mend that; a scheme whose widths are maxima over them has equal bits.
-    """
+def test_two_processes_compute_what_one_does(ranks: Ranks, alone: Net) -> None:
+    """Exponents are maxima over the processes, sums are integers: equal samples make equal bits."""
     begun = len(alone.losses) - len(alone.seen)  # calibration comes before
     mean = sum(rank["toy"]["losses"][begun] for rank in ranks) / 2
     assert mean == pytest.approx(alone.losses[begun], rel=1e-3)  # the same weights and samples
     together = ranks[0]["toy"]["state"]
-    apart = [name for name, value in states(alone).items() if not torch.equal(value, together[name])]
-    assert apart == [f"{name}.weight" for name in ("first", "again", "left", "right")]
+    assert_equal_states(
+        {k: v for k, v in states(alone).items() if k.endswith("weight")},
+        {k: v for k, v in together.items() if k.endswith("weight")},
+    )
 
 
 def test_resume_without_a_callback_is_bit_equal(ranks: Ranks) -> None:
@@ -130,7 +129,8 @@ def test_traffic_is_counted_by_step(ranks: Ranks) -> None:
         steps = rank["toy"]["traffic"]
         assert len(steps) == 8
         for step in steps:
-            assert step == {"max int32": [4, 4 * 4], "sum int64": [4, 8 * sum(weights.values())]}
+            # The input, five calls of layers, two float errors, four errors of inputs, one sum where a tensor forks.
+            assert step == {"max int32": [13, 4 * 13], "sum int64": [4, 8 * sum(weights.values())]}
 
 
 def test_one_process_reduces_nothing_and_copies_nothing() -> None:

@@ -1,4 +1,4 @@
-"""The seam carries a scheme that trains in integers: links both ways, accumulators, its own update."""
+"""The seam carries a scheme that trains in integers: carriers both ways, accumulators, its own update."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from schemes.toy_integer import ToyInteger, codes, exponent_of
-from schemes.toy_ranks import Net, data, trainer
+from schemes.toy_ranks import GLOBAL_BATCH, SAMPLES, Net, data, trainer
 from torch import Tensor, nn
 
 from lightning_lowbit import convert
-from lightning_lowbit.modules.base import Link, switch_of
+from lightning_lowbit.modules.base import switch_of
+from lightning_lowbit.modules.carrier import Carrier
 from lightning_lowbit.modules.layers import LowBitLayer
 from lightning_lowbit.numerics.exponent import pow2
 
@@ -31,7 +32,7 @@ pytestmark = [
 
 def converted(net: nn.Module) -> nn.Module:
     convert(net, ToyInteger())
-    switch_of(net).started = True
+    switch_of(net).started = switch_of(net).managed = True
     return net
 
 
@@ -40,43 +41,49 @@ def on_grid(layer: Any) -> bool:
     return torch.equal(layer.weight, (codes(layer.weight, exponent) * pow2(exponent)).float())
 
 
-# -- links ---------------------------------------------------------------------------------------------------
-def test_a_fork_takes_the_finest_error_and_is_quantized_once() -> None:
-    torch.manual_seed(0)
-    net = converted(Net())
-    x = torch.randn(8, 6)
-    a, b = net(x)
-    (left_link,), (right_link,) = net.left.links.present, net.right.links.present
-    assert left_link is not right_link
-    assert torch.equal(left_link.exponent, right_link.exponent)  # one tensor, one grid
-    (a.sum() + 1024 * b.sum()).backward()
-    assert left_link.err_exponent < right_link.err_exponent
-    (relu,) = (m for n, m in net.named_modules() if n == "lowbit_relu_2")
-    (source,) = relu.links.present
-    assert torch.equal(source.error_exponent(), left_link.err_exponent)
-    assert len(net.left.accumulated) == len(net.right.accumulated) == 1
+def value(x: Any) -> Tensor:
+    """Exact, of codes of any width."""
+    return x.payload.double() * pow2(x.exponent, torch.float64)
 
 
-def test_a_layer_called_twice_takes_its_links_in_turn() -> None:
+# -- carriers ------------------------------------------------------------------------------------------------
+def test_the_errors_of_a_fork_add_up_exactly_and_are_rounded_once() -> None:
     torch.manual_seed(0)
-    net = converted(Net())
-    x = torch.randn(8, 6)
-    assert len(net.again.links.calls) == 2
-    seen: list[Link] = []
-    net.again.register_forward_hook(lambda module, args, result: seen.append(module.links.present[0]))
+    net, x = converted(Net()), torch.randn(8, 6)
+    before: list[Any] = []
+    forked: list[Any] = []
+    net.again.register_forward_hook(lambda module, args, result: before.append(result))
+    net.relu.register_forward_hook(lambda module, args, result: forked.append(result))
+    (a, b), arrived, left_behind = net(x), [], []
+    forked[-1].register_hook(arrived.append)
+    before[-1].register_hook(left_behind.append)
+    losses = (a.square().sum(), 1024 * b.square().sum())
+    for loss in (losses[0] + losses[1], *losses):
+        loss.backward(retain_graph=True)
+    total, left, right = arrived
+    assert [part.payload.dtype for part in arrived] == [torch.int32, torch.int8, torch.int8]
+    assert int(left.exponent) < int(right.exponent)
+    assert torch.equal(value(total), value(left) + value(right))
+    finest = exponent_of(total.payload)
+    assert int(finest) > 0
+    rounded = codes(total.payload, finest) * (forked[-1].payload > 0)
+    assert torch.equal(left_behind[0].payload.double(), rounded)
+    assert int(left_behind[0].exponent) == int(total.exponent + finest)
+
+
+def test_a_layer_called_twice_has_an_error_for_each_call() -> None:
+    torch.manual_seed(0)
+    net, x, exponents = converted(Net()), torch.randn(8, 6), []
+    net.again.register_forward_hook(lambda module, args, result: exponents.append(args[0].exponent))
     a, b = net(x)
-    assert seen[0] is not seen[1]
+    assert len(exponents) == 2
     (a.sum() + b.sum()).backward()
-    assert all(link.err_exponent is not None for link in seen)
-    assert len(net.again.accumulated) == 2
-    # An interrupted forward does not shift the turns: entering the network begins anew.
-    net.again(torch.randn(8, 8))
-    net(x)
-    assert net.again.links.turn == 2
+    (last, _), (first, _) = net.again.accumulated
+    assert last.shape == first.shape == net.again.weight.shape
+    assert not torch.equal(last, first)
 
 
-def test_two_forwards_before_one_backward_keep_their_links() -> None:
-    """The error of each pass comes back on its own grid: the backward checks that it is integers."""
+def test_two_forwards_before_one_backward_keep_their_exponents() -> None:
     torch.manual_seed(0)
     net, x = converted(Net()), torch.randn(8, 6)
     alone = copy.deepcopy(net)
@@ -90,40 +97,41 @@ def test_two_forwards_before_one_backward_keep_their_links() -> None:
         assert together == sorted((int(e), acc.tolist()) for acc, e in twin.accumulated)
 
 
-def test_links_pass_what_only_moves_values_and_stop_at_float_code() -> None:
-    class Between(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.c = (nn.Linear(6, 6, bias=False) for _ in range(3))
-            self.flatten = nn.Flatten()
+class Between(nn.Module):
+    """A view, a rectifier, and float code between layers."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.flatten(self.a(x).view(-1, 2, 3)).relu()
-            return self.c(torch.tanh(self.b(x)))
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(6, 6, bias=False) for _ in range(3))
+        self.flatten = nn.Flatten()
 
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.flatten(self.a(x).view(-1, 2, 3)).relu()
+        return self.c(torch.tanh(self.b(x)))
+
+
+def test_carriers_pass_what_only_moves_values_and_end_at_float_code() -> None:
     torch.manual_seed(0)
     net = converted(Between())
+    inputs: dict[str, Any] = {}
+    for name in "abc":
+        getattr(net, name).register_forward_hook(lambda module, args, result, name=name: inputs.update({name: args[0]}))
     net(torch.randn(4, 6)).sum().backward()
-    (into_b,), (into_c,) = net.b.links.present, net.c.links.present
-    assert into_b is not None
-    assert into_b.err_exponent is not None
-    assert into_c is None  # tanh is float: its reader finds the exponent from the values
-    assert net.a.links.present == [None]  # as does the first layer
-    twin = copy.deepcopy(net)
-    assert twin.b.links.calls[0][0][0] is not net.b.links.calls[0][0][0]
-    twin(torch.randn(4, 6)).sum().backward()
-    assert net.b.links.present == [into_b]
+    assert {name: type(x) for name, x in inputs.items()} == {"a": Tensor, "b": Carrier, "c": Tensor}
+    assert all(len(layer.accumulated) == 1 for layer in (net.a, net.b, net.c))
 
 
-def test_values_between_layers_lie_on_the_linked_grid() -> None:
+def test_values_between_layers_are_their_codes() -> None:
     torch.manual_seed(0)
-    net, results = converted(Net()), []
+    net, inputs = converted(Net()), []
     for layer in (net.again, net.left, net.right):
-        layer.register_forward_hook(lambda m, args, result: results.append((args[0], m.links.present[0].exponent)))
+        layer.register_forward_hook(lambda module, args, result: inputs.append(args[0]))
     net(torch.randn(8, 6))
-    assert len(results) == 4
-    for x, exponent in results:
-        assert torch.equal(x, (codes(x, exponent) * pow2(exponent)).float())
+    assert len(inputs) == 4
+    for x in inputs:
+        assert x.payload.dtype is torch.int8
+        assert torch.equal(x.plain().double(), value(x))
+        assert torch.equal(x + 0.0, x.plain())
 
 
 # -- runs -------------------------------------------------------------------------------------------------
@@ -153,19 +161,21 @@ def test_resume_is_bit_equal(tmp_path: Path) -> None:
     assert all(torch.equal(value, state[key]) for key, value in whole.state_dict().items())
 
 
-def test_two_processes_with_different_data_end_with_equal_weights(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
     tests = Path(__file__).parents[1]
     paths = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-W", "ignore", str(Path(__file__).parent / "toy_ranks.py"), str(tmp_path)]
-    done = subprocess.run(
-        command,
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).parent / "toy_ranks.py"), str(folder)]
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_PORT"):
+        environment.pop(name, None)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def test_two_processes_with_different_data_end_with_equal_weights(ranks: list[Any], tmp_path: Path) -> None:
     assert ranks[0]["losses"] != ranks[1]["losses"]
     for key, value in ranks[0]["state"].items():
         assert torch.equal(value, ranks[1]["state"][key]), key
@@ -175,3 +185,12 @@ def test_two_processes_with_different_data_end_with_equal_weights(tmp_path: Path
     trainer(2, tmp_path).fit(alone, data(seed=0))
     assert not torch.equal(alone.first.weight, ranks[0]["state"]["first.weight"])
     assert exponent_of(alone.first.weight.detach()).dtype == torch.int32
+
+
+def test_two_processes_compute_what_one_does(ranks: list[Any], tmp_path: Path) -> None:
+    """The same global batches, the last of them with one sample; its repetition on the second process is no sample."""
+    alone = Net()
+    trainer(2, tmp_path).fit(alone, data(samples=SAMPLES, batch=GLOBAL_BATCH))
+    for key, value in alone.state_dict().items():
+        assert torch.equal(value, ranks[0]["shared"][key]), key
+        assert torch.equal(value, ranks[1]["shared"][key]), key

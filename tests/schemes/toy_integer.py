@@ -1,7 +1,8 @@
 """A toy scheme whose training is integer arithmetic: int8 weights, activations, errors and updates.
 
-Exponents travel with the tensors in links, forward and backward. Weight gradients are integer accumulators
-that never enter ``.grad``; its rule adds them up over processes and moves the weights' codes.
+Tensors and errors are carriers, each with one exponent; all exponents are maxima over the processes, so that two of
+them compute what one would. Weight gradients are integer accumulators that never enter ``.grad``; its rule adds them
+up over processes and moves the weights' codes.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_lowbit.modules.base import Link, Scheme, StepContext, UpdateRule
+from lightning_lowbit.modules.base import Scheme, StepContext, UpdateRule
+from lightning_lowbit.modules.carrier import Carrier, apply, carry, plain
+from lightning_lowbit.modules.elementwise import LowBitReLU
 from lightning_lowbit.modules.layers import LowBitLayer
 from lightning_lowbit.numerics.exponent import ceil_log2, pow2
 
@@ -29,37 +32,65 @@ def codes(x: Tensor, exponent: Tensor, bits: int = 8) -> Tensor:
     return torch.round(x.double() / pow2(exponent, torch.float64)).clamp(-limit, limit)
 
 
-class IntegerLinear(torch.autograd.Function):
+def carried(x: Tensor, exponent: Tensor | int, origin: Any, training: bool, lowest: int = -100) -> Carrier:
+    """``x`` * 2^exponent as int8 codes on the finest exponent that fits; in training that of all processes."""
+    run = origin.switch.run
+    finest = exponent_of(x).clamp_min(lowest)
+    if training:
+        finest = run.reduce_max(torch.full_like(finest, lowest) if run.blank else finest)
+    return carry(codes(x, finest).to(torch.int8), exponent + finest, origin)
+
+
+def error(grad: Tensor, origin: Any) -> tuple[Tensor, Tensor]:
+    """Codes and exponent of an error: one carrier, the sum of several, or what a float loss hands back."""
+    if not isinstance(grad, Carrier):
+        grad = carried(torch.zeros_like(grad) if origin.switch.run.blank else grad, 0, origin, training=True)
+    elif grad.payload.dtype is not torch.int8:
+        grad = carried(grad.payload, grad.exponent, origin, training=True, lowest=0)
+    return grad.payload, grad.exponent
+
+
+class Enter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, layer: Any) -> Tensor:
-        (ctx.source,) = layer.links.receive() or (None,)
-        x_exponent = exponent_of(x) if ctx.source is None else ctx.source.exponent
-        w_exponent = layer.lowbit_exponent.to(torch.int32)
-        x_int, w_int = codes(x, x_exponent), codes(weight, w_exponent)
-        acc = x_int @ w_int.T  # integers below 2^53
-        shift = exponent_of(acc).clamp_min(0)
-        ctx.result = Link(x_exponent + w_exponent + shift)
-        layer.links.send(ctx.result)
-        ctx.layer = layer
-        ctx.save_for_backward(x_int, w_int, x_exponent, w_exponent)
-        return (codes(acc, shift) * pow2(ctx.result.exponent, torch.float64)).float()
+    def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
+        return carried(x, 0, layer, layer.training)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        x_int, w_int, x_exponent, w_exponent = ctx.saved_tensors
-        known = ctx.result.error_exponent()
-        exponent = exponent_of(grad)
-        if known is not None:  # exact integers already; a sum at a fork may need a coarser step
-            assert torch.equal(grad.double() / pow2(known, torch.float64) % 1, torch.zeros_like(grad.double()))
-            exponent = torch.maximum(exponent, known)
-        err = codes(grad, exponent)
-        ctx.layer.accumulated.append((err.T @ x_int, exponent + x_exponent))
-        acc = err @ w_int
-        shift = exponent_of(acc).clamp_min(0)
-        result = exponent + w_exponent + shift
-        if ctx.source is not None:
-            ctx.source.err_exponent = result
-        return (codes(acc, shift) * pow2(result, torch.float64)).float(), None, None
+        return plain(grad), None
+
+
+class Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Carrier, weight: Tensor, layer: Any) -> Tensor:
+        w_exponent = layer.lowbit_exponent.to(torch.int32)
+        x_int, w_int = x.payload.long(), codes(weight, w_exponent).long()
+        ctx.layer, ctx.w_exponent, ctx.x_exponent = layer, w_exponent, x.exponent
+        ctx.save_for_backward(x_int, w_int)
+        return carried(x_int @ w_int.T, x.exponent + w_exponent, layer, layer.training, lowest=0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        x_int, w_int = ctx.saved_tensors
+        err, exponent = error(grad, ctx.layer)
+        ctx.layer.accumulated.append((err.long().T @ x_int, exponent + ctx.x_exponent))
+        back = None
+        if ctx.needs_input_grad[0]:
+            back = carried(err.long() @ w_int, exponent + ctx.w_exponent, ctx.layer, training=True, lowest=0)
+        return back, None, None
+
+
+class ReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Carrier, op: Any) -> Tensor:
+        ctx.op, rectified = op, x.payload.clamp_min(0)
+        ctx.save_for_backward(rectified > 0)
+        return Carrier(rectified, x.exponent, op)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        err, exponent = error(grad, ctx.op)
+        return Carrier(err * ctx.saved_tensors[0], exponent, ctx.op), None
 
 
 class ToyRule(UpdateRule):
@@ -71,10 +102,8 @@ class ToyRule(UpdateRule):
     def step(self, owned: set[str], context: StepContext) -> None:
         for path in sorted(owned & self.layers.keys()):
             layer = self.layers[path]
-            finest = -context.reduce_max(torch.stack([-exponent for _, exponent in layer.accumulated]).max())
-            total = torch.zeros(layer.weight.shape, dtype=torch.int64)
-            for acc, exponent in layer.accumulated:  # on the finest step that any process has
-                total += acc.long() << int(exponent - finest)
+            finest = torch.stack([exponent for _, exponent in layer.accumulated]).min()
+            total = sum(acc << int(exponent - finest) for acc, exponent in layer.accumulated)
             layer.accumulated.clear()
             total = context.reduce_sum(total)
             update = codes(total, exponent_of(total, self.scheme.update_bits), self.scheme.update_bits)
@@ -86,7 +115,6 @@ class ToyRule(UpdateRule):
 @dataclass(frozen=True)
 class ToyInteger(Scheme):
     name: ClassVar[str] = "toy_integer"
-    links: ClassVar[bool] = True
     carries_errors: ClassVar[bool] = True
     reproducible: ClassVar[bool] = True
     update_bits: int = 4
@@ -102,10 +130,10 @@ class ToyInteger(Scheme):
 
     def compute(self, layer: Any, *operands: Any, **settings: Any) -> Tensor:
         if isinstance(layer, LowBitLayer):
-            return IntegerLinear.apply(operands[0], operands[1], layer)  # type: ignore[no-any-return]
-        (link, *others) = layer.links.receive()
-        # A rectifier keeps the grid and its error; other operations leave theirs to be found from the values.
-        layer.links.send(link if not others and "relu" in layer.pattern else None)
+            x, weight, _ = operands
+            return apply(Linear, x if isinstance(x, Carrier) else apply(Enter, x, layer), weight, layer)
+        if isinstance(layer, LowBitReLU) and isinstance(operands[0], Carrier):
+            return apply(ReLU, operands[0], layer)
         return layer.op(*operands, **settings)  # type: ignore[no-any-return]
 
     def update_rule(self, modules: dict[str, nn.Module]) -> UpdateRule:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from modules.integer_twin import carrier, send_back
 from schemes import niti_reference as reference
 from schemes.niti_steps import STEPS
 from schemes.vector_table import Comparison, Kind, VectorFile
 from torch import Tensor
 
 from lightning_lowbit.kernels import int8_conv2d, int8_conv2d_input, int8_conv2d_weight, int8_matmul
-from lightning_lowbit.kernels.requantize import requantize
+from lightning_lowbit.kernels.requantize import requantize, update_weights
+from lightning_lowbit.modules.carrier import plain
 from lightning_lowbit.numerics.block import ShiftRounding, bit_width, shift_round
 from lightning_lowbit.numerics.integer_loss import cross_entropy_error, wide_error
 from lightning_lowbit.numerics.niti_rules import (
@@ -18,7 +20,6 @@ from lightning_lowbit.numerics.niti_rules import (
     decayed,
     grad_shift,
     input_codes,
-    updated,
     weight_codes_maxnorm,
 )
 
@@ -149,18 +150,15 @@ def check_ops(v: Comparison) -> None:
     v.exact("conv_err_acc", nhwc(int8_conv2d_input(err, w, x.shape, padding=padding)))
     v.exact("conv_gacc", nhwc(int8_conv2d_weight(x, err, w.shape, padding=padding)))
     v.exact("mm_acc", int8_matmul(int8(v["mm_a"]), int8(v["mm_b"])))
-    v.exact("upd_out", updated(int8(v["upd_w"]), int8(v["upd_g"])))
-
-    relu_x = int8(v["relu_x"])
-    v.exact("relu_y", relu_x.relu())
-    v.exact("relu_err_out", torch.where(relu_x > 0, v["relu_err_in"], 0))
+    v.exact("upd_out", update_weights(int8(v["upd_w"]), int32(v["upd_g"]), 0, rounding=ShiftRounding.HALF_AWAY))
+    v.exact("relu_y", requantize(int32(v["relu_x"]), 0, rectify=True))
+    v.exact("relu_err_out", requantize(int32(v["relu_err_in"]), 0, keep=int8(v["relu_x"])))
     for match in v.matching(r"(pool_\w+)_x"):
-        case, pixels = match[1], nchw(v[match[0]]).float()
-        size = pixels.shape[2] // v.arrays[f"{case}_y"].shape[1]
-        y, index = F.max_pool2d(pixels, size, return_indices=True)
-        v.exact(f"{case}_y", nhwc(y))
-        back = F.max_unpool2d(nchw(v[f"{case}_err_in"]).float(), index, size, output_size=pixels.shape[2:])
-        v.exact(f"{case}_err_out", nhwc(back))
+        case, pixels = match[1], carrier(nchw(v[match[0]]), grad=True)
+        y = F.max_pool2d(pixels, pixels.shape[2] // v.arrays[f"{case}_y"].shape[1])
+        send_back(y, nchw(v[f"{case}_err_in"]))
+        v.exact(f"{case}_y", nhwc(plain(y.detach())) * 2**7)
+        v.exact(f"{case}_err_out", nhwc(plain(pixels.grad)) * 2**7)
 
 
 FILES = {
