@@ -31,7 +31,7 @@ def lenet() -> nn.Sequential:
 
 
 def vgg_small(width: int = 128) -> nn.Sequential:
-    """VGG-small-7 for 32x32 images: 128x2-M-256x2-M-512x2-M, dropout, linear; no biases, Xavier weights (NITI sec. 9)."""
+    """VGG-small-7 for 32x32 images: 128x2-M-256x2-M-512x2-M, dropout, linear; no biases, Xavier weights (NITI)."""
     layers: list[nn.Module] = []
     channels = 3
     for out in (width, 2 * width, 4 * width):

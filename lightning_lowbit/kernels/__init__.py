@@ -14,11 +14,12 @@ from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.kernels.backends import choose, use
 from lightning_lowbit.kernels.geometry import INT32_TERMS, Geometry, Padding, Size, geometry
 from lightning_lowbit.kernels.ledger import report as backend_report
-from lightning_lowbit.kernels.requantize import bit_width, requantize, update_weights
+from lightning_lowbit.kernels.requantize import bit_width, compile_policy, requantize, update_weights
 
 __all__ = [
     "backend_report",
     "bit_width",
+    "compile_policy",
     "int8_conv1d",
     "int8_conv1d_input",
     "int8_conv1d_weight",

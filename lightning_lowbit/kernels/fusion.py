@@ -217,7 +217,11 @@ def _loop(chain: Chain, constant: Hashable, dtypes: tuple[Any, ...], device: str
 
     # fullgraph and isolated: beyond torch's limit of recompilations it would run op by op with no more than a line
     # in a log, and all copies would share one limit.
+    # The width of vectors, named, is part of the key under which torch keeps compiled code on disk; without it a
+    # machine with AVX2 may be given what one with AVX-512 left there, which is wrong on every second eight numbers.
+    width = {"AVX2": 256, "AVX512": 512}.get(torch.backends.cpu.get_cpu_capability())
+    options = {"cpp.simdlen": width} if device == "cpu" and width else None
     compiled: Callable[..., None] = torch.compile(  # type: ignore[call-overload]  # the overloads lack the last one
-        loop, dynamic=True, fullgraph=True, isolate_recompiles=True
+        loop, dynamic=True, fullgraph=True, isolate_recompiles=True, options=options
     )
     return compiled

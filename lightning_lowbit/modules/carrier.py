@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map
 
 from lightning_lowbit.errors import UnsupportedModelError
 from lightning_lowbit.kernels.sums import aligned_sum
+from lightning_lowbit.numerics.block import align_all
 from lightning_lowbit.numerics.exponent import clamp_exponent, pow2
 
 if TYPE_CHECKING:
@@ -121,9 +122,17 @@ class Carrier(Tensor):
                     f"{first.origin.path}: {func._schema.name} writes into its result in place, which is stored as "
                     "integers. Write it out of place (x = x + 1 for x += 1), or leave the layer float with skip=."
                 )
+        if func is _aten.cat.default and all(isinstance(part, Carrier) for part in first):
+            return _joined(first, *args[1:], **kwargs)
         # Without autograd (inference mode) compound operations come here whole: reshape, flatten, to.
         result = func.decompose(*args, **kwargs)
         return func(*tree_map(plain, args), **tree_map(plain, kwargs)) if result is NotImplemented else result
+
+
+def _joined(parts: Sequence[Carrier], dim: int = 0) -> Carrier:
+    """Side by side on the finest exponent: how autograd puts together the errors of a tensor that was split."""
+    payloads, exponent = align_all([part.payload for part in parts], [part.exponent for part in parts])
+    return Carrier(torch.cat(payloads, dim), exponent, parts[0].origin)
 
 
 def apply(function: Any, *args: Any) -> Tensor:

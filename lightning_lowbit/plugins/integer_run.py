@@ -97,7 +97,13 @@ def run_notes(model: nn.Module, rule: UpdateRule | None) -> list[str]:
             f"no longer learning: {', '.join(stopped)} (zero gradients in the last steps). A layer behind it is dead "
             "or saturated: look at its ranges above, lower mu, or start again from an earlier checkpoint"
         )
-    clamped = int(switch_of(model).run.clamped)
+    run = switch_of(model).run
+    if rule is not None and rule.logged() and run.float_errors:
+        notes.append(
+            f"float errors entered at {', '.join(sorted(run.float_errors))} (a loss other than plain cross-entropy, or float "
+            "code behind it): their bits are this machine's and this number of processes'"
+        )
+    clamped = int(run.clamped)
     if clamped:
         notes.append(f"{clamped} exponents left the range of float32 carriers and were clamped")
     return notes
