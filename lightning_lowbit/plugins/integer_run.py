@@ -100,8 +100,8 @@ def run_notes(model: nn.Module, rule: UpdateRule | None) -> list[str]:
     run = switch_of(model).run
     if rule is not None and rule.logged() and run.float_errors:
         notes.append(
-            f"float errors entered at {', '.join(sorted(run.float_errors))} (a loss other than plain cross-entropy, or float "
-            "code behind it): their bits are this machine's and this number of processes'"
+            f"float errors entered at {', '.join(sorted(run.float_errors))} (a loss other than plain cross-entropy, or "
+            "float code behind it): their bits are this machine's and this number of processes'"
         )
     clamped = int(run.clamped)
     if clamped:
