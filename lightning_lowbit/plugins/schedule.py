@@ -59,6 +59,13 @@ class Schedule:
         Raises:
             ConfigError: a moment that the run does not reach (a warning where the run was cut on purpose).
         """
+        known = {m.what for m in milestones}
+        for m in replaced:
+            if m.what not in known:
+                raise ConfigError(
+                    f"{m.what}={m.when!r}: this scheme schedules nothing of that name, only {sorted(known) or 'nothing'}. "
+                    "Leave the callback out (Freeze, FoldBatchNorm), or take a scheme that has it."
+                )
         begin = resolve(start, run)
         steps = {m.what: resolve(m.when, run, begin) for m in milestones if m.when is not None}
         steps.update({m.what: resolve(m.when, run) for m in replaced if m.when is not None})

@@ -110,18 +110,16 @@ class NitiRule(UpdateRule):
             acc = decayed(acc, quantizer.codes())
         width = kernels.bit_width(acc)
         fraction_bits = 0 if is_bias else self.scheme.master_bits
-        mu = self._mu(path) + (_BIAS_FRACTION if is_bias else fraction_bits)
+        below = _BIAS_FRACTION if is_bias else fraction_bits
+        mu = self._mu(path) + below
         # A gradient of ones and zeros has width 0 and moves nothing (section 4).
         shift = torch.where(width > 0, grad_shift(width, mu), _ALL_BITS)
         rounding, noise = self.scheme.shift_rounding("grad"), None
         if rounding is ShiftRounding.STOCHASTIC:  # gradients are global: so are these numbers, on every rank
             noise = random_bits(layer, f"grad.{name}", 1, acc.numel(), acc.device, shared=True).reshape(acc.shape)
         if self.scheme.momentum:
-            acc, shift, noise = (
-                self._with_momentum(key, shift_round(acc, shift, rounding, noise)),
-                torch.zeros_like(shift),
-                None,
-            )
+            update = shift_round(acc, shift, rounding, noise)
+            acc, shift, noise = self._with_momentum(key, update, below), torch.zeros_like(shift), None
         if is_bias:
             limit = 2**quantizer.bits - 1
             moved = quantizer.codes().to(torch.int64) - shift_round(acc, shift, rounding, noise)
@@ -150,12 +148,12 @@ class NitiRule(UpdateRule):
             self.masters[key] = codes.to(torch.int16) << self.scheme.master_bits
         return self.masters[key]
 
-    def _with_momentum(self, key: str, update: Tensor) -> Tensor:
-        """m = clip(trunc(m * M / 16) + G); what is subtracted is m."""
+    def _with_momentum(self, key: str, update: Tensor, below: int) -> Tensor:
+        """m = clip(trunc(m * M / 16) + G), with ``below`` fraction bits; what is subtracted is m."""
         kept = self.kept.get(key)
         if kept is not None:
             update = update + torch.div(kept.to(update.dtype) * self.scheme.momentum, 16, rounding_mode="trunc")
-        limit = 127 << self.scheme.master_bits
+        limit = 127 << below
         self.kept[key] = update.clamp(-limit, limit).to(torch.int16)
         return self.kept[key].to(torch.int32)
 
