@@ -93,7 +93,7 @@ def run(row: str, data: LightningDataModule, args: argparse.Namespace) -> tuple[
         num_sanity_val_steps=0,
     )
     if quant is None:
-        if args.checkpoint is not None:
+        if isinstance(model, LitResNet) and args.checkpoint is not None:
             load_public(model, args.checkpoint)
         before = float(trainer.validate(model, data, verbose=False)[0]["val_acc"])
         trainer.fit(model, data)
@@ -152,8 +152,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
                 args.niti = {**args.niti, "seed": seed}
             before, epochs, minutes = run(row, images(args, seed), args)
             print(f"{row}, seed {seed}: {before:.2f} -> {epochs[-1]:.2f} in {minutes:.1f} min", flush=True)
-            for kept, value in ((results[row].before, before), (results[row].epochs, epochs)):
-                kept.append(value)  # type: ignore[attr-defined]
+            results[row].before.append(before)
+            results[row].epochs.append(epochs)
             results[row].minutes.append(minutes)
     print(f"\n{table(results)}")
     if args.certificate is not None and "niti" in args.rows:

@@ -15,6 +15,7 @@ from torch import nn
 
 from lightning_lowbit.cli import main
 from lightning_lowbit.demos import DigitsCnn, DigitsData
+from lightning_lowbit.reports.certificate import read_certificate
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -55,7 +56,7 @@ def in_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_python_blocks_run_in_order(in_scratch: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    first, second = blocks("python")
+    first, second, third = blocks("python")
     namespace: dict[str, Any] = {}
     exec(first, namespace)
     assert namespace["quant"].metrics["trained"]
@@ -67,6 +68,9 @@ def test_python_blocks_run_in_order(in_scratch: Path, capsys: pytest.CaptureFixt
     model, again = namespace["model"].eval(), namespace["again"].eval()
     assert torch.equal(model(x), again(x))
     assert "aux_head" in capsys.readouterr().out
+    exec(third, namespace)
+    assert "training bit-identical on any machine: yes" in capsys.readouterr().out
+    assert read_certificate(Path("certificate.json"))["records"]
 
 
 def test_the_yaml_block_is_a_config_that_parses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
