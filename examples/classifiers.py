@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-from lightning.pytorch import LightningModule
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torchmetrics.classification import MulticlassAccuracy
+from recipe import SgdClassifier
+from torch import nn
 
 
 def mlp() -> nn.Sequential:
@@ -51,7 +48,7 @@ def conv_relu(channels: int, out: int, kernel: int, padding: int = 0, bias: bool
 NETS: dict[str, Callable[[], nn.Sequential]] = {"mlp": mlp, "cnn": cnn, "lenet": lenet, "vgg_small": vgg_small}
 
 
-class Classifier(LightningModule):
+class Classifier(SgdClassifier):
     """One of the networks under SGD with momentum, the rate falling to zero along a cosine, step by step.
 
     Args:
@@ -68,37 +65,5 @@ class Classifier(LightningModule):
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
     ) -> None:
-        super().__init__()
+        super().__init__(NETS[net]())
         self.save_hyperparameters()
-        self.net = NETS[net]()
-        self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
-        self.val_acc = MulticlassAccuracy(10, average="micro")
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.net(x)
-        return logits
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        images, labels = batch
-        loss = F.cross_entropy(self(images), labels)
-        self.log("train_loss", loss, prog_bar=True)
-        return loss
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        images, labels = batch
-        logits = self(images)
-        self.val_acc(logits, labels)
-        self.log("val_acc", self.val_acc, prog_bar=True)
-        self.log("val_loss", F.cross_entropy(logits, labels))
-
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self.validation_step(batch, batch_idx)
-
-    def configure_optimizers(self) -> Any:
-        rate = self.hparams
-        optimizer = torch.optim.SGD(
-            self.parameters(), rate["lr"], momentum=rate["momentum"], weight_decay=rate["weight_decay"]
-        )
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -30,7 +30,7 @@ from lightning_lowbit import Niti, QuantCallback, TrainingCertificate
 from lightning_lowbit.demos import DigitsCnn, DigitsData
 
 # The learning rate is the float row's alone: integer updates have their own size, mu.
-LEARNING_RATE = {"mlp": 0.05, "cnn": 0.05, "digits_bn": 0.02, "lenet": 0.02, "vgg_small": 0.02, "resnet20": 0.01}
+LEARNING_RATE = {"mlp": 0.1, "cnn": 0.1, "digits_bn": 0.02, "lenet": 0.05, "vgg_small": 0.02, "resnet20": 0.01}
 
 
 @dataclass

@@ -6,13 +6,9 @@ on both sides. Plain functional code on purpose: somebody else's network, not on
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-from lightning.pytorch import LightningModule
+from recipe import SgdClassifier
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics.classification import MulticlassAccuracy
 
 
 class BasicBlock(nn.Module):
@@ -60,7 +56,7 @@ class ResNet(nn.Module):
         return logits
 
 
-class LitResNet(LightningModule):
+class LitResNet(SgdClassifier):
     """A CIFAR ResNet fine-tuned by SGD with momentum, the rate falling to zero along a cosine, step by step.
 
     Args:
@@ -71,37 +67,5 @@ class LitResNet(LightningModule):
     """
 
     def __init__(self, blocks: int = 3, lr: float = 0.01, momentum: float = 0.9, weight_decay: float = 1e-4) -> None:
-        super().__init__()
+        super().__init__(ResNet(blocks))
         self.save_hyperparameters()
-        self.net = ResNet(blocks)
-        self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
-        self.val_acc = MulticlassAccuracy(10, average="micro")
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.net(x)
-        return logits
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        images, labels = batch
-        loss = F.cross_entropy(self(images), labels)
-        self.log("train_loss", loss, prog_bar=True)
-        return loss
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        images, labels = batch
-        logits = self(images)
-        self.val_acc(logits, labels)
-        self.log("val_acc", self.val_acc, prog_bar=True)
-        self.log("val_loss", F.cross_entropy(logits, labels))
-
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self.validation_step(batch, batch_idx)
-
-    def configure_optimizers(self) -> Any:
-        rate = self.hparams
-        optimizer = torch.optim.SGD(
-            self.parameters(), rate["lr"], momentum=rate["momentum"], weight_decay=rate["weight_decay"]
-        )
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -62,9 +62,10 @@ class Schedule:
         known = {m.what for m in milestones}
         for m in replaced:
             if m.what not in known:
+                names = ", ".join(sorted(known)) or "nothing"
                 raise ConfigError(
-                    f"{m.what}={m.when!r}: this scheme schedules nothing of that name, only {sorted(known) or 'nothing'}. "
-                    "Leave the callback out (Freeze, FoldBatchNorm), or take a scheme that has it."
+                    f"{m.what}={m.when!r}: this scheme schedules nothing of that name, but {names}. Leave the "
+                    "callback out (Freeze, FoldBatchNorm), or take a scheme that has it."
                 )
         begin = resolve(start, run)
         steps = {m.what: resolve(m.when, run, begin) for m in milestones if m.when is not None}

@@ -23,6 +23,20 @@ class Origin:
     training: bool = True
 
 
+class Watch(torch.autograd.Function):
+    """The identity; keeps the gradient that comes back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Carrier, kept: list[Tensor]) -> Tensor:
+        ctx.kept = kept
+        return Carrier(x.payload, x.exponent, x.origin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        ctx.kept.append(grad)
+        return grad, None
+
+
 def codes(*shape: int, seed: int = 0, low: int = -127, high: int = 127) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(low, high + 1, shape, dtype=torch.int8, generator=generator)

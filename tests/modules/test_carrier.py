@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchmetrics
-from modules.integer_twin import Origin, carrier, codes, low, send_back
+from modules.integer_twin import Origin, Watch, carrier, codes, low, send_back
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -65,20 +65,6 @@ FLOATS: dict[str, Callable[[Tensor], Tensor]] = {
     "double": lambda x: x.double(),
     "argmax": lambda x: x.argmax(1),
 }
-
-
-class Watch(torch.autograd.Function):
-    """The identity; keeps the gradient that comes back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Carrier, kept: list[Tensor]) -> Tensor:
-        ctx.kept = kept
-        return Carrier(x.payload, x.exponent, x.origin)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        ctx.kept.append(grad)
-        return grad, None
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["made inside", "made outside"])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from modules.integer_twin import carrier, codes, grad_of, low, values
+from modules.integer_twin import Watch, carrier, codes, grad_of, low, values
 from torch import Tensor, nn
 
 from lightning_lowbit.modules.base import switch_of
@@ -31,18 +31,6 @@ LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
     "negative log likelihood": lambda x: F.nll_loss(x.log_softmax(1), TARGET),
 }
 INTEGER = {"sum"}
-
-
-class Watch(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Carrier, kept: list[Tensor]) -> Tensor:
-        ctx.kept = kept
-        return Carrier(x.payload, x.exponent, x.origin)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        ctx.kept.append(grad)
-        return grad, None
 
 
 def error(loss: Callable[[Tensor], Tensor], exponent: int = -5, shape: tuple[int, ...] = (6, 4)) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from modules.integer_twin import carrier, codes, grad_of, half_away, low, op_of, send_back, values, width
+from modules.integer_twin import Watch, carrier, codes, grad_of, half_away, low, op_of, send_back, values, width
 from torch import Tensor, nn
 
 from lightning_lowbit.modules.base import switch_of
@@ -47,17 +47,6 @@ def test_max_pool_and_its_ties(name: str, shape: tuple[int, ...], few: bool) -> 
 
 
 def test_errors_of_overlapping_windows_add_up_and_are_rounded_once() -> None:
-    class Watch(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Carrier, kept: list[Tensor]) -> Tensor:
-            ctx.kept = kept
-            return Carrier(x.payload, x.exponent, x.origin)
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Any:
-            ctx.kept.append(grad)
-            return grad, None
-
     kept: list[Any] = []
     x = carrier(torch.zeros((1, 1, 3, 3), dtype=torch.int8), grad=True)
     y = F.max_pool2d(Watch.apply(x, kept), 2, 1)
