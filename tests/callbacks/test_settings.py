@@ -100,7 +100,7 @@ def test_short_runs_on_purpose_warn_and_go_on(tmp_path: Path) -> None:
         trainer(tmp_path, QuantCallback(start="500 steps"), fast_dev_run=2).fit(seeded_net(), loader(), loader())
 
 
-def test_what_a_scheme_does_not_schedule_is_refused_by_name() -> None:
-    run = trainer(QuantCallback("niti"), Freeze(1))
+def test_what_a_scheme_does_not_schedule_is_refused_by_name(tmp_path: Path) -> None:
+    run = trainer(tmp_path, QuantCallback("niti"), Freeze(1))
     with pytest.raises(ConfigError, match=r"schedules nothing of that name, but mu\[0\]=5, .*Leave the callback out"):
         run.fit(seeded_net(), loader())
