@@ -84,7 +84,9 @@ class Steps:
 
     def is_flat(self, i: int) -> bool:
         """Whether layer i's result is an image in one axis."""
-        return self.kinds[i] in ("TiFlat", "TiDropout")
+        while self.kinds[i] == "TiDropout":
+            i -= 1
+        return self.kinds[i] == "TiFlat"
 
     def reads_flat(self, i: int) -> bool:
         return i > 0 and self.is_flat(i - 1)
@@ -106,8 +108,9 @@ class Steps:
 
     def random(self, path: str, purpose: str, samples: int, per_sample: int) -> Tensor:
         if purpose == "dropout":
-            (key,) = [m[0] for m in self.v.matching(rf"s{self.step}_dropmask_\d+")]
-            mask = self.ours(self.v[key][None], flat=True)
+            # Masks are keyed by the module that made the tensor: the next dropout behind it.
+            i = next(i for i, kind in enumerate(self.kinds) if kind == "TiDropout" and i > int(path))
+            mask = self.ours(self.v[f"s{self.step}_dropmask_{i}"][None], self.is_flat(i))
             return mask * (2**31 - 1)  # a kept value's number is above any share of 2^31, a dropped one's below
         assert purpose == "loss"
         return self.v[f"s{self.step}_loss_rand"]
