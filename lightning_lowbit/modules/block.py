@@ -16,12 +16,11 @@ from lightning_lowbit.modules.carrier import Carrier, apply, carry, is_codes, pl
 from lightning_lowbit.modules.quantizer import Quantizer
 from lightning_lowbit.numerics.exponent import EXPONENT_MIN, ceil_log2, clamp_exponent, pow2
 from lightning_lowbit.numerics.grid import Grid
-from lightning_lowbit.numerics.niti_rules import drawn_range, input_codes, weight_codes_maxnorm
+from lightning_lowbit.numerics.niti_rules import PAYLOAD_BITS, drawn_range, input_codes, weight_codes_maxnorm
 from lightning_lowbit.numerics.observers import AllReduce
 
 __all__ = ["BiasCodes", "BlockInput", "BlockRange", "ErrorRange", "WeightCodes", "largest_range", "stable_hash"]
 
-CODE_BITS = 7  # of an int8 code's magnitude
 BIAS_BITS = 15
 
 
@@ -117,7 +116,7 @@ class BlockRange(Quantizer):
         return torch.zeros((), device=x.device) if isinstance(x, Carrier) else (x.abs() > pow2(self.range())).sum()
 
     def exponent(self) -> Tensor:
-        return clamp_exponent(self.range() - CODE_BITS)
+        return clamp_exponent(self.range() - PAYLOAD_BITS)
 
     def grid(self) -> Grid:
         return Grid(bits=8, exponent=int(self.exponent()), narrow=self.narrow)
@@ -150,7 +149,7 @@ class BlockInput(BlockRange):
 
     def quantize(self, x: Tensor, rectify: bool = False) -> Tensor:
         if isinstance(x, Carrier) and self.training:
-            self.seen.copy_(torch.maximum(self.seen, x.exponent + CODE_BITS))
+            self.seen.copy_(torch.maximum(self.seen, x.exponent + PAYLOAD_BITS))
         return super().quantize(x, rectify)
 
 
@@ -190,7 +189,7 @@ class WeightCodes(Quantizer):
 
     block_exponent: Tensor
     layer: Any
-    bits = CODE_BITS
+    bits = PAYLOAD_BITS
     dtype = torch.int8
 
     def __init__(self, site: Site, redraw: int | None = None, room: bool = False) -> None:
@@ -240,10 +239,13 @@ class WeightCodes(Quantizer):
         target = self.target()
         key = (target.data_ptr(), target._version)
         if self.cache is None or self.cache[:2] != key:
-            limit = 2**self.bits - 1
-            scaled = target.detach().double() * pow2(-self.exponent(), torch.float64)
-            self.cache = (*key, torch.round(scaled).clamp(-limit, limit).to(self.dtype))
+            self.cache = (*key, self.rounded(target.detach(), self.exponent()))
         return self.cache[2]
+
+    def rounded(self, values: Tensor, exponent: Tensor) -> Tensor:
+        """Codes of float values on an exponent, half even, clipped."""
+        limit = 2**self.bits - 1
+        return torch.round(values.double() * pow2(-exponent, torch.float64)).clamp(-limit, limit).to(self.dtype)
 
     @torch.no_grad()
     def store(self, codes: Tensor) -> None:
@@ -282,9 +284,7 @@ class BiasCodes(WeightCodes):
     def first_codes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         of_weight = self.layer.lowbit_weight.range_of(self.layer.weight.detach())
         exponent = clamp_exponent(torch.maximum(largest_range(weight), of_weight) - self.bits)
-        limit = 2**self.bits - 1
-        codes = torch.round(weight.double() * pow2(-exponent, torch.float64)).clamp(-limit, limit)
-        return codes.to(self.dtype), exponent
+        return self.rounded(weight, exponent), exponent
 
     def commit(self, all_reduce: AllReduce) -> None:
         super().commit(all_reduce)

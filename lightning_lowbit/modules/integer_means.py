@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from lightning_lowbit.kernels import bit_width
-from lightning_lowbit.modules.block import CODE_BITS, BlockRange
+from lightning_lowbit.modules.block import BlockRange
 from lightning_lowbit.modules.carrier import Carrier, apply, carry, is_codes
 from lightning_lowbit.modules.elementwise import LowBitAvgPool
-from lightning_lowbit.modules.integer_pooling import Windows, as_tuple, zeros_for
+from lightning_lowbit.modules.integer_pooling import Windows, zeros_for
 from lightning_lowbit.modules.integer_rounding import error_codes
-from lightning_lowbit.modules.pooling import WINDOW
+from lightning_lowbit.modules.pooling import WINDOW, as_tuple
+from lightning_lowbit.numerics.niti_rules import PAYLOAD_BITS
 from lightning_lowbit.numerics.rounding import Rounding, divide_rounded
 
 __all__ = ["integer_mean"]
@@ -123,7 +124,7 @@ class _MeanFn(torch.autograd.Function):
         whole = mean.count.bit_length() - 1
         assert isinstance(ranges, BlockRange)
         largest = ranges.follow(lambda: bit_width(sums) - whole + x.exponent, op.training)
-        exponent = torch.maximum(largest - CODE_BITS, finest)
+        exponent = torch.maximum(largest - PAYLOAD_BITS, finest)
         f = (x.exponent - exponent).clamp(-31, 24)
         scaled = sums.to(torch.int64) << f.clamp(min=0)
         codes = divide_rounded(scaled, mean.count << (-f).clamp(min=0), Rounding.HALF_AWAY).clamp(-127, 127)

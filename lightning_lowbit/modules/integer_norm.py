@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lowbit.modules.block import CODE_BITS, BlockRange, largest_range
+from lightning_lowbit.modules.block import BlockRange, largest_range
 from lightning_lowbit.modules.carrier import Carrier, apply, carry, is_codes
 from lightning_lowbit.modules.integer_rounding import error_codes
 from lightning_lowbit.numerics.exponent import pow2
+from lightning_lowbit.numerics.niti_rules import PAYLOAD_BITS
 from lightning_lowbit.numerics.rounding import Rounding, round_to
 
 __all__ = ["integer_norm"]
@@ -106,8 +107,8 @@ def _sum(rows: Tensor) -> Tensor:
 
 def _to_carrier(rows: Tensor, like: Tensor, ranges: BlockRange, training: bool, norm: Any) -> Carrier:
     """float64 rows rounded to codes, ties away from zero, in the shape and memory format of ``like``."""
-    exponent = ranges.follow(lambda: largest_range(rows), training) - CODE_BITS
-    exponent = torch.where(exponent < -CODE_BITS - 126, -CODE_BITS, exponent)  # nothing but zeros
+    exponent = ranges.follow(lambda: largest_range(rows), training) - PAYLOAD_BITS
+    exponent = torch.where(exponent < -PAYLOAD_BITS - 126, -PAYLOAD_BITS, exponent)  # nothing but zeros
     scaled = rows * pow2(-exponent, torch.float64)
     codes = round_to(scaled, Rounding.HALF_AWAY).clamp(-127, 127).to(torch.int8)
     shape = (like.shape[0], *like.shape[2:], like.shape[1])

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lowbit.modules.carrier import Carrier, apply
+from lightning_lowbit.modules.pooling import as_tuple
 
-__all__ = ["Windows", "as_tuple", "integer_max_pool", "zeros_for"]
+__all__ = ["Windows", "integer_max_pool", "zeros_for"]
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,6 @@ class Windows:
                 view = view.narrow(axis, i * d, (w - 1) * s + 1)
                 view = view[(*[slice(None)] * axis, slice(None, None, s))]
             yield view
-
-
-def as_tuple(value: Any, dims: int) -> tuple[Any, ...]:
-    """One value per axis."""
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,) * dims
 
 
 def integer_max_pool(dims: int) -> Any:

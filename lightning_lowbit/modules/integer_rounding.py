@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from lightning_lowbit import kernels
-from lightning_lowbit.modules.block import CODE_BITS, BlockRange, ErrorRange, largest_range, stable_hash
+from lightning_lowbit.modules.block import BlockRange, ErrorRange, largest_range, stable_hash
 from lightning_lowbit.modules.carrier import Carrier, carry
 from lightning_lowbit.numerics.block import ShiftRounding
 from lightning_lowbit.numerics.exponent import pow2
+from lightning_lowbit.numerics.niti_rules import PAYLOAD_BITS, act_shift
 from lightning_lowbit.numerics.noise import combine, counter_bits
 
 __all__ = ["error_codes", "random_bits", "rounded"]
@@ -50,7 +51,7 @@ def rounded(acc: Tensor, exponent: Tensor, origin: Any, ranges: BlockRange, purp
     """
     training = origin.training or purpose == "err"
     largest = ranges.follow(lambda: kernels.bit_width(acc) + exponent, training)
-    shift = (largest - exponent - CODE_BITS).clamp(min=0)
+    shift = act_shift(largest - exponent)
     rounding, noise = origin.scheme.shift_rounding(purpose), None
     if rounding is ShiftRounding.STOCHASTIC:
         noise = random_bits(origin, purpose, acc.shape[0], acc.shape[1:].numel(), acc.device).reshape(acc.shape)
@@ -76,7 +77,7 @@ def error_codes(grad: Tensor, origin: Any, ranges: ErrorRange) -> tuple[Tensor, 
         grad = torch.zeros_like(grad)
     if run.world & (run.world - 1):  # a mean over processes, in the units of the integer errors
         grad = grad * (2**run.error_bits / run.world)
-    exponent = ranges.arriving.follow(lambda: largest_range(grad), True) - CODE_BITS
+    exponent = ranges.arriving.follow(lambda: largest_range(grad), True) - PAYLOAD_BITS
     # 16 bits below the code are kept for the rounding: what is finer than 2^-16 of a step is cut off.
     scaled = (grad.double() * pow2(16 - exponent, torch.float64)).clamp(-(2**30), 2**30).to(torch.int32)
     noise = random_bits(origin, "gate", grad.shape[0], grad.shape[1:].numel(), grad.device).reshape(grad.shape)

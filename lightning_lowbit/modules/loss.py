@@ -11,11 +11,9 @@ from torch import Tensor
 from lightning_lowbit.modules.carrier import Carrier, apply, carry
 from lightning_lowbit.modules.integer_rounding import random_bits
 from lightning_lowbit.numerics.exponent import ceil_log2
-from lightning_lowbit.numerics.integer_loss import cross_entropy_error
+from lightning_lowbit.numerics.integer_loss import ERROR_EXPONENT, cross_entropy_error
 
 __all__ = ["displayed_loss", "integer_cross_entropy"]
-
-ERROR_EXPONENT = -7  # the error is 2^7 (p - y)
 
 
 def integer_cross_entropy(

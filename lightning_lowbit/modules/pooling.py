@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["WINDOW", "kind_of", "pool"]
+__all__ = ["WINDOW", "as_tuple", "kind_of", "pool"]
 
 WINDOW = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
 """Arguments of torch's average pools, in their order."""
@@ -34,10 +34,10 @@ def pool(kind: tuple[int, bool], x: Tensor, *args: Any, **settings: Any) -> Tens
     """
     dims, adaptive = kind
     if adaptive:
-        return _adaptive(x, _tuple(args[0] if args else settings["output_size"], dims))
+        return _adaptive(x, as_tuple(args[0] if args else settings["output_size"], dims))
     given = {**dict(zip(WINDOW, args, strict=False)), **settings}
-    kernel, padding = _tuple(given["kernel_size"], dims), _tuple(given.get("padding", 0), dims)
-    stride = kernel if given.get("stride") in (None, (), []) else _tuple(given["stride"], dims)
+    kernel, padding = as_tuple(given["kernel_size"], dims), as_tuple(given.get("padding", 0), dims)
+    stride = kernel if given.get("stride") in (None, (), []) else as_tuple(given["stride"], dims)
     return _pool(
         x, kernel, stride, padding, given.get("ceil_mode", False), given.get("count_include_pad", True),
         given.get("divisor_override"),
@@ -104,5 +104,6 @@ def _adaptive(x: Tensor, size: tuple[int | None, ...]) -> Tensor:
     return x / math.prod(counts)
 
 
-def _tuple(value: Any, dims: int) -> tuple[Any, ...]:
+def as_tuple(value: Any, dims: int) -> tuple[Any, ...]:
+    """One value per axis."""
     return tuple(value) if isinstance(value, (tuple, list)) else (value,) * dims

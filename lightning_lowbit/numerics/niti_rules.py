@@ -11,7 +11,16 @@ from torch import Tensor
 from lightning_lowbit.numerics.block import bit_width
 from lightning_lowbit.numerics.exponent import ceil_log2, clamp_exponent, pow2
 
-__all__ = ["EMPTY_EXPONENT", "act_shift", "decayed", "drawn_range", "grad_shift", "input_codes", "weight_codes_maxnorm"]
+__all__ = [
+    "EMPTY_EXPONENT",
+    "PAYLOAD_BITS",
+    "act_shift",
+    "decayed",
+    "drawn_range",
+    "grad_shift",
+    "input_codes",
+    "weight_codes_maxnorm",
+]
 
 PAYLOAD_BITS = 7
 """Magnitude bits of an int8 payload."""

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from lightning_lowbit.kernels import bit_width
 from lightning_lowbit.modules.base import switch_of
 from lightning_lowbit.modules.carrier import Carrier
-from lightning_lowbit.modules.loss import ERROR_EXPONENT
 from lightning_lowbit.numerics.block import ShiftRounding, shift_round
 from lightning_lowbit.numerics.exponent import ceil_log2
+from lightning_lowbit.numerics.integer_loss import ERROR_EXPONENT
 from lightning_lowbit.numerics.niti_rules import grad_shift
 from lightning_lowbit.plugins.precision import lowbit_step, rule_of
 from lightning_lowbit.schemes import convert
