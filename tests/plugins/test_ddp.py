@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launch import run_script
 from torch import Tensor, nn
 
 from lightning_lowbit.modules.calibrate import calibrate
@@ -26,14 +24,7 @@ SCENARIOS = ("scratch", "calibration", "init_from", "resume", "unequal", "sync_b
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """Every scenario's results, rank by rank; one pair of processes for all of them."""
     folder = tmp_path_factory.mktemp("ddp")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_PORT"):
-        environment.pop(name, None)
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(folder), *SCENARIOS],
-        capture_output=True, text=True, timeout=180, env=environment, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_script(SCRIPT, folder, *SCENARIOS)
     return {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in (0, 1)] for name in SCENARIOS}
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launch import run_script
 from plugins.distributed_niti_script import PERIOD, SCENARIOS, run
 from plugins.lifecycle_nets import QUIET, assert_equal_states
 
@@ -27,14 +25,7 @@ Step = dict[str, list[int]]
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     """Every scenario's results by rank; one pair of processes for all of them."""
     folder = tmp_path_factory.mktemp("ddp")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_PORT"):
-        environment.pop(name, None)
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(folder), "2"],
-        capture_output=True, text=True, timeout=180, env=environment, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_script(SCRIPT, folder, 2)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 

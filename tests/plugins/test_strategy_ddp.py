@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launch import run_script
 from plugins.lifecycle_nets import QUIET, assert_equal_states, states, trainer
 from plugins.strategy_ddp_script import SCENARIOS, Net, data
 from schemes.toy_integer import ToyInteger
@@ -28,14 +27,7 @@ Ranks = list[dict[str, Any]]
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     """Every scenario's results by rank; one pair of processes for all of them."""
     folder = tmp_path_factory.mktemp("ddp")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_PORT"):
-        environment.pop(name, None)
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(folder)],
-        capture_output=True, text=True, timeout=120, env=environment, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_script(SCRIPT, folder, timeout=120)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 

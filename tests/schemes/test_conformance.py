@@ -5,10 +5,8 @@ from __future__ import annotations
 import ast
 import copy
 import importlib
-import os
 import pickle
 import pkgutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from launch import run_script
 from schemes.conformance import (
     BATCH,
     STEPS,
@@ -175,12 +174,7 @@ def test_pickles_and_copies_and_the_copy_is_independent(run: Trained, trained: N
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_PORT"):
-        environment.pop(name, None)
-    command = [sys.executable, str(SCRIPT), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_script(SCRIPT, folder)
     return folder
 
 

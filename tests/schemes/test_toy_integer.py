@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launch import run_script
 from lightning.pytorch.callbacks import ModelCheckpoint
 from schemes.toy_integer import ToyInteger, codes, exponent_of
 from schemes.toy_ranks import GLOBAL_BATCH, SAMPLES, Net, data, trainer
@@ -164,14 +162,7 @@ def test_resume_is_bit_equal(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    tests = Path(__file__).parents[1]
-    paths = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-W", "ignore", str(Path(__file__).parent / "toy_ranks.py"), str(folder)]
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_PORT"):
-        environment.pop(name, None)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(Path(__file__).with_name("toy_ranks.py"), folder, timeout=120)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
