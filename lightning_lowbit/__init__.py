@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     from lightning_lowbit.plugins.strategy import LowBitDDPStrategy, LowBitStrategy
     from lightning_lowbit.reports.summary import summarize
     from lightning_lowbit.schemes import convert
+    from lightning_lowbit.schemes.bnn import Bnn
     from lightning_lowbit.schemes.niti import Niti
     from lightning_lowbit.schemes.tqt import Tqt
 
 __all__ = [
+    "Bnn",
     "Calibrate",
     "FoldBatchNorm",
     "Freeze",
@@ -48,6 +50,7 @@ __all__ = [
 
 # name -> the module that defines it
 _HOME = {
+    "Bnn": "schemes.bnn",
     "Calibrate": "callbacks.calibrate",
     "FoldBatchNorm": "callbacks.fold",
     "Freeze": "callbacks.freeze",

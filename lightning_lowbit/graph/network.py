@@ -26,7 +26,7 @@ from lightning_lowbit.graph.trace import (
     trace_step,
 )
 
-__all__ = ["Call", "Flow", "follow", "placed_calls"]
+__all__ = ["Call", "Flow", "ends", "follow", "placed_calls"]
 
 ALONE = -1  # the occurrence of a call that no traced forward makes
 _FIRST_INPUT_ONLY = (Kind.COMPUTE, Kind.BATCH_NORM, Kind.RELU, Kind.ACTIVATION, Kind.AVG_POOL, Kind.KEEP)
@@ -88,6 +88,37 @@ def follow(root: nn.Module) -> Flow:
         if path and path not in flow.seen and (has_forward(module) or is_leaf(module)):
             walker.enter(module, path)
     return flow
+
+
+def ends(root: nn.Module, flow: Flow) -> dict[str, tuple[bool, bool]]:
+    """Of every layer that multiplies, by path: whether it is a first one, and whether a last one, by graph order.
+
+    A layer alone in code that could not be followed goes by the order in which layers are registered.
+    """
+    registered = [path for path, module in root.named_modules() if classify(module) is Kind.COMPUTE]
+    found: dict[str, tuple[bool, bool]] = {}
+    for call in flow.calls:
+        if call.path is None or call.path in found or classify(call.target) is not Kind.COMPUTE:
+            continue
+        if call.alone:
+            found[call.path] = call.path == registered[0], call.path == registered[-1]
+        else:
+            found[call.path] = not _reaches(call, "inputs"), not _reaches(call, "readers")
+    return found
+
+
+def _reaches(call: Call, direction: str) -> bool:
+    """Whether another compute layer lies before (``inputs``) or behind (``readers``) this call."""
+    stack, seen = list(getattr(call, direction)), set()
+    while stack:
+        other = stack.pop()
+        if id(other) in seen:
+            continue
+        seen.add(id(other))
+        if other.kind is Kind.COMPUTE:
+            return True
+        stack.extend(getattr(other, direction))
+    return False
 
 
 class _Walker:

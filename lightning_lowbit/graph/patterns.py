@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from lightning_lowbit.graph.network import Call, Flow
+from lightning_lowbit.graph.network import Call, Flow, ends
 from lightning_lowbit.graph.ops import COMPUTE, PRODUCERS, REWRITTEN, Kind
 from lightning_lowbit.graph.plan import LayerPlan, OpPlan, Plan, Site, Union
 from lightning_lowbit.graph.trace import CallKey
@@ -42,6 +42,7 @@ class _Planner:
         self.union = Union()
         self.sites: dict[str, Site] = {}
         self.signs: dict[int, bool | None] = {}
+        self.ends = ends(root, flow)
         self.arrives_on: dict[str, list[str]] = {}  # layer -> the site that declares the grid of its first input
 
     # -- the passes, in order -----------------------------------------------------------------------------
@@ -172,7 +173,11 @@ class _Planner:
         pattern, op = self._pattern(call), call.kind.value
         if call.kind in (Kind.COMPUTE, Kind.BATCH_NORM) and call.path not in self.islands:
             op = "conv"
-        self.sites[key] = Site(path, role, op, pattern, self._signed(call), slot="lowbit_output")
+        multiplied = "compute" in wants or (known is not None and known.multiplied)
+        self.sites[key] = Site(
+            path, role, op, pattern, self._signed(call), channels=_channels(call), multiplied=multiplied,
+            slot="lowbit_output",
+        )  # fmt: skip
 
     def _signed(self, call: Call) -> bool | None:
         if id(call) not in self.signs:
@@ -235,7 +240,11 @@ class _Planner:
         sources = self._source_keys(call.inputs[0])
         role = self.sites[sources[0]].role if sources else None
         signed = self._signed(call.inputs[0])
-        site = Site(call.path, "input", COMPUTE[type(call.target)], "", signed, source=role, slot="lowbit_input")
+        channels = getattr(call.target, "in_channels", getattr(call.target, "in_features", None))
+        site = Site(
+            call.path, "input", COMPUTE[type(call.target)], "", signed, source=role, channels=channels,
+            multiplied=True, slot="lowbit_input",
+        )  # fmt: skip
         known = self.sites.get(site.key)
         if known is not None:  # called again; what arrives on two grids, or on none, is quantized by the layer itself
             same = sources[:1] == self.arrives_on[call.path]
@@ -278,8 +287,8 @@ class _Planner:
         module = call.target
         op = COMPUTE[type(module)]
         norm = self.fold.get(path)
-        first, last = self._ends(call)
-        groups = getattr(module, "groups", 1)
+        first, last = self.ends[path]
+        depthwise = 1 < getattr(module, "groups", 1) == getattr(module, "in_channels", 0)
         sources = self._source_keys(call.inputs[0]) if call.inputs else []
         pattern = op + ("+bn" if norm else "")
         after = list(self._readers(self.by_path[norm][0] if norm else call))
@@ -287,20 +296,14 @@ class _Planner:
             end = after[0]
             pattern += f"+{_word(end)}"
         self.result.layers.append(
-            LayerPlan(path, op, pattern, norm, first, last, 1 < groups == getattr(module, "in_channels", 0),
-                      sources[0] if sources else f"{path}.lowbit_input")
-        )  # fmt: skip
+            LayerPlan(
+                path, op, pattern, norm, first, last, depthwise, sources[0] if sources else f"{path}.lowbit_input"
+            )
+        )
         key = f"{path}.lowbit_input"
         if key in self.sites:
             site = self.sites[key]
-            self.sites[key] = Site(**{**site.__dict__, "first": first, "last": last, "pattern": pattern})
-
-    def _ends(self, call: Call) -> tuple[bool, bool]:
-        """First and last by graph order; by registration order for a layer alone in untraced code."""
-        if call.alone:
-            order = [path for path, m in self.root.named_modules() if type(m) in COMPUTE]
-            return call.path == order[0], call.path == order[-1]
-        return not _reaches(call, "inputs"), not _reaches(call, "readers")
+            self.sites[key] = replace(site, first=first, last=last, depthwise=depthwise, pattern=pattern)
 
     def _tie_weights(self) -> None:
         """Layers that multiply with one Parameter do so on one grid."""
@@ -324,15 +327,11 @@ def _word(call: Call) -> str:
     return call.key[0] if call.path is None else type(call.target).__name__.lower()
 
 
-def _reaches(call: Call, direction: str) -> bool:
-    """Whether another compute layer lies before (``inputs``) or behind (``readers``) this call."""
-    stack, seen = list(getattr(call, direction)), set()
-    while stack:
-        other = stack.pop()
-        if id(other) in seen:
-            continue
-        seen.add(id(other))
-        if other.kind is Kind.COMPUTE:
-            return True
-        stack.extend(getattr(other, direction))
-    return False
+def _channels(call: Call) -> int | None:
+    """Channels of a call's result, known from the layer or norm behind it."""
+    for name in ("out_channels", "out_features", "num_features"):
+        if call.kind in (Kind.COMPUTE, Kind.BATCH_NORM) and hasattr(call.target, name):
+            return int(getattr(call.target, name))
+    if call.kind not in (Kind.RELU, Kind.ACTIVATION, Kind.ADD, Kind.AVG_POOL) or not call.inputs:
+        return None  # what moves values may move them between channels
+    return _channels(call.inputs[0])

@@ -26,6 +26,8 @@ class Site:
         first, last: the layer reads the network's input / no further layer reads its output.
         depthwise: one input channel per group.
         source: role of the quantizer that the tensor has passed already, None when it comes in as float.
+        channels: of the tensor (of a weight: of the layer's result), None where the layers around do not tell.
+        multiplied: whether a converted layer reads it.
         slot: name of the quantizer in its module.
     """
 
@@ -38,6 +40,8 @@ class Site:
     last: bool = False
     depthwise: bool = False
     source: str | None = None
+    channels: int | None = None
+    multiplied: bool = False
     slot: str = ""
 
     @property

@@ -1,7 +1,7 @@
-"""Exact integer products of int8 tensors, by several backends that agree bit for bit.
+"""Exact integer products of int8 tensors and of packed signs, by several backends that agree bit for bit.
 
-Every function takes int8 tensors with any strides (convolutions are fastest on channels_last memory, weights
-included) and returns accumulators: int32, or int64 where so many products could wrap int32. With
+The int8 functions take int8 tensors with any strides (convolutions are fastest on channels_last memory, weights
+included) and return accumulators: int32, or int64 where so many products could wrap int32. With
 ``exact_float=True`` the result may be float32 that holds the very same integers, which saves a conversion.
 """
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.kernels.backends import choose, use
+from lightning_lowbit.kernels.binary import pack_signs, xnor_matmul
 from lightning_lowbit.kernels.geometry import INT32_TERMS, Geometry, Padding, Size, geometry
 from lightning_lowbit.kernels.ledger import report as backend_report
 from lightning_lowbit.kernels.requantize import bit_width, compile_policy, requantize, update_weights
@@ -27,9 +28,11 @@ __all__ = [
     "int8_conv2d_input",
     "int8_conv2d_weight",
     "int8_matmul",
+    "pack_signs",
     "requantize",
     "update_weights",
     "use",
+    "xnor_matmul",
 ]
 
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lowbit.errors import ConfigError
-from lightning_lowbit.graph.plan import Site
+from lightning_lowbit.graph.plan import Plan, Site
 from lightning_lowbit.modules.moments import Moment
 
 if TYPE_CHECKING:
+    from lightning_lowbit.graph.network import Flow
     from lightning_lowbit.modules.quantizer import Quantizer
 
 __all__ = [
@@ -232,9 +233,13 @@ class Scheme:
         """The scheme with what its user left open decided as in ``other``, of a network that is converted."""
         return self
 
-    def leaves_float(self, module: nn.Module) -> str | None:
-        """Why a layer that could be converted stays float under this scheme; None converts it."""
+    def leaves_float(self, site: Site, module: nn.Module) -> str | None:
+        """Why a layer (``site`` is its weight) that could be converted stays float under this scheme; None converts."""
         return None
+
+    def findings(self, root: nn.Module, flow: Flow, plan: Plan) -> list[str]:
+        """What in a network will train badly under this scheme, by module, with the way out; ``root`` as converted."""
+        return []
 
     def forward(self, layer: Any, x: Tensor) -> Tensor:
         """A converted layer's whole forward: by default operands and result quantized around ``compute``."""

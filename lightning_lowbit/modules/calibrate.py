@@ -81,8 +81,8 @@ def reset(root: nn.Module) -> None:
 
 
 def open_quantizers(root: nn.Module) -> list[str]:
-    """Keys of the sites without a grid."""
-    return [quantizer.site.key for _, quantizer in quantizers(root) if not quantizer.ready]
+    """Keys of the sites without a grid, but for those that need none yet."""
+    return [q.site.key for _, q in quantizers(root) if q.has_grid and not (q.ready or q.waits)]
 
 
 def _observe_weights(root: nn.Module) -> None:

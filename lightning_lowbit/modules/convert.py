@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_lowbit.errors import ConfigError
-from lightning_lowbit.graph.network import Call, Flow, follow
+from lightning_lowbit.graph.network import Call, Flow, ends, follow
 from lightning_lowbit.graph.ops import Kind, multiplies
 from lightning_lowbit.graph.patterns import make_plan
 from lightning_lowbit.graph.plan import LayerPlan, OpPlan, Plan, Site
@@ -55,6 +55,7 @@ class Report:
     sites: list[Site] = field(default_factory=list)
     ties: list[list[str]] = field(default_factory=list)
     derived_ties: list[list[str]] = field(default_factory=list)  # what the data flow says; ties may be a file's
+    findings: list[str] = field(default_factory=list)  # what will train badly under this scheme, and the way out
 
     def __str__(self) -> str:
         """One line: how many layers are low-bit, and what is not, by name."""
@@ -107,9 +108,9 @@ def convert_module(
         )
     check_patterns(root, selection)
     check_layers(root, selection)
-    wanted = wanted_layers(root, selection, scheme)
-    result = Report(skipped=left_out(root, selection, scheme), float_by_nature=float_by_nature(root))
     flow = follow(root)
+    result = Report(skipped=left_out(root, selection, scheme, ends(root, flow)), float_by_nature=float_by_nature(root))
+    wanted = wanted_layers(root, result.skipped)
     plan = make_plan(root, flow, wanted, *norms_to_keep(root, scheme))
     if not scheme.ties:
         plan.ties = []
@@ -120,6 +121,7 @@ def convert_module(
     result.layers, result.sites = plan.layers, [q.site for _, q in quantizers(root)]
     result.derived_ties = _present(plan.ties, {site.key for site in result.sites})
     result.ties = result.derived_ties if ties is None else ties
+    result.findings = scheme.findings(root, flow, plan)
     return result
 
 

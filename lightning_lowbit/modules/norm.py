@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_lowbit.graph.ops import Kind
 from lightning_lowbit.modules.base import LowBitModule
 from lightning_lowbit.modules.quantizer import Quantizer, on
 
-__all__ = ["NORMS", "LowBitBatchNorm"]
+__all__ = ["NORMS", "LowBitBatchNorm", "has_seen_data"]
 
 
 class LowBitBatchNorm(LowBitModule):
@@ -21,13 +22,14 @@ class LowBitBatchNorm(LowBitModule):
     lowbit_accumulator: Quantizer | None
     lowbit_error: Quantizer | None
     island: bool
+    since: int | None  # batches since the network changed and its statistics began anew; None where it did not
     _check_input_dim: Callable[[Tensor], None]  # of torch's batch norm behind it
 
     def prepare(self) -> None:
         self.register_module("lowbit_output", None)
         self.register_module("lowbit_accumulator", None)
         self.register_module("lowbit_error", None)
-        self.island = False
+        self.island, self.since = False, None
 
     def op(self, x: Tensor) -> Tensor:
         """The float operation."""
@@ -45,6 +47,13 @@ class LowBitBatchNorm(LowBitModule):
             return on(self.lowbit_output, self.scheme.compute(self, x))
         self._check_input_dim(x)
         return on(self.lowbit_output, x)
+
+
+def has_seen_data(module: nn.Module) -> bool:
+    """Whether it is a batch norm that has been trained: its network's weights come from elsewhere."""
+    return (
+        isinstance(module, _BatchNorm) and module.num_batches_tracked is not None and bool(module.num_batches_tracked)
+    )
 
 
 class LowBitBatchNorm1d(LowBitBatchNorm, nn.BatchNorm1d):

@@ -29,6 +29,8 @@ class Quantizer(nn.Module):
         site: the tensor it stands for.
     """
 
+    waits: bool = False  # its turn comes behind calibration, which leaves it open
+    has_grid: bool = True  # False for what only stands in a quantizer's place
     initialized: Tensor
     negative: Tensor
     switch: Switch

@@ -19,6 +19,7 @@ from lightning_lowbit.modules.layers import LowBitLayer
 from lightning_lowbit.modules.norm import NORMS
 
 __all__ = [
+    "BY_USER",
     "Pattern",
     "Selection",
     "check_layers",
@@ -30,6 +31,8 @@ __all__ = [
 ]
 
 Pattern = str | type[nn.Module]
+BY_USER = ("by skip=", "not in include=")
+"""Reasons why a layer stays float that go with the selection, not with the layer or the scheme."""
 
 
 @dataclass(frozen=True)
@@ -90,15 +93,14 @@ def check_layers(root: nn.Module, selection: Selection) -> None:
             )
 
 
-def wanted_layers(root: nn.Module, selection: Selection, scheme: Scheme) -> set[str]:
-    """Paths of the layers to convert; ConfigError if there is none."""
+def wanted_layers(root: nn.Module, skipped: dict[str, str]) -> set[str]:
+    """Paths of the layers to convert, all but ``skipped``; ConfigError if there is none."""
     layers = [path for path, module in root.named_modules() if type(module) in COMPUTE]
     if "" in layers:
         raise ConfigError(
             f"{type(root).__name__}: the module itself is one layer, which cannot be replaced in place. Put "
             "it in a container, e.g. nn.Sequential(layer)."
         )
-    skipped = left_out(root, selection, scheme)
     wanted = {path for path in layers if path not in skipped}
     if not wanted:
         lazy = any(isinstance(m, nn.modules.lazy.LazyModuleMixin) for m in root.modules())
@@ -116,15 +118,17 @@ def _count(reasons: Iterable[str]) -> str:
     return ", ".join(f"{reasons.count(reason)} {reason}" for reason in dict.fromkeys(reasons))
 
 
-def left_out(root: nn.Module, selection: Selection, scheme: Scheme) -> dict[str, str]:
-    """Layers that multiply and are not converted: path -> reason."""
+def left_out(
+    root: nn.Module, selection: Selection, scheme: Scheme, ends: dict[str, tuple[bool, bool]]
+) -> dict[str, str]:
+    """Layers that multiply and are not converted: path -> reason; ``ends`` as in graph.network."""
     found: dict[str, str] = {}
     module: nn.Module
     for path, module in root.named_modules():
         if not isinstance(module, tuple(COMPUTE)) or isinstance(module, LowBitLayer):
             continue
         if selection.skips(path, module):
-            found[path] = "by skip="
+            found[path] = BY_USER[0]
         elif is_parametrized(module) or ("weight" not in module._parameters and not _pruned(module)):
             found[path] = "its weight is computed (weight_norm, spectral_norm or a parametrization)"
         elif isinstance(module, nn.modules.lazy.LazyModuleMixin):
@@ -132,10 +136,16 @@ def left_out(root: nn.Module, selection: Selection, scheme: Scheme) -> dict[str,
         elif type(module) not in COMPUTE:
             found[path] = f"{type(module).__qualname__} is a subclass of a torch layer with code of its own"
         elif not selection.wants(path, module):
-            found[path] = "not in include="
-        elif (reason := scheme.leaves_float(module)) is not None:
+            found[path] = BY_USER[1]
+        elif (reason := scheme.leaves_float(_weight_site(path, module, ends), module)) is not None:
             found[path] = reason
     return found
+
+
+def _weight_site(path: str, module: nn.Module, ends: dict[str, tuple[bool, bool]]) -> Site:
+    first, last = ends.get(path, (False, False))
+    depthwise = 1 < getattr(module, "groups", 1) == getattr(module, "in_channels", 0)
+    return Site(path, "weight", COMPUTE[type(module)], "", True, first, last, depthwise, slot="lowbit_weight")
 
 
 def _pruned(module: nn.Module) -> bool:

@@ -31,6 +31,7 @@ class Grid:
         signed: two's complement range.
         narrow: leave out the most negative code of a signed range (±127). Unsigned ranges have no such code.
         axis: the channel axis that per-channel exponents or scales follow.
+        binary: the codes are -1 and +1 and nothing between; bits is 1.
 
     Raises:
         ConfigError: a field out of range, or fields that contradict each other.
@@ -44,6 +45,8 @@ class Grid:
     int16·?
     >>> print(Grid(8, scale=0.1, zero_point=128, signed=False))
     uint8·0.1 (zero 128) [-12.8, 12.7]
+    >>> print(Grid(1, 0, binary=True))
+    ±1 [-1, 1]
     """
 
     bits: int
@@ -53,9 +56,11 @@ class Grid:
     signed: bool = True
     narrow: bool = False
     axis: int | None = None
+    binary: bool = False
 
     def __post_init__(self) -> None:
-        least = 2 if self.signed else 1
+        least = 2 if self.signed and not self.binary else 1
+        _require(not self.binary or self.bits == 1, f"bits={self.bits!r} of a binary grid, expected 1")
         _require(
             _is_int(self.bits) and least <= self.bits <= _MAX_BITS,
             f"bits={self.bits!r}, expected an integer in {least}..{_MAX_BITS} for "
@@ -83,11 +88,15 @@ class Grid:
     @property
     def qmin(self) -> int:
         """Least code."""
+        if self.binary:
+            return -1
         return -(1 << (self.bits - 1)) + int(self.narrow) if self.signed else 0
 
     @property
     def qmax(self) -> int:
         """Greatest code."""
+        if self.binary:
+            return 1
         return (1 << (self.bits - int(self.signed))) - 1
 
     @property
@@ -152,10 +161,15 @@ class Grid:
         if self.scale is not None and x.dtype.is_floating_point:
             worth = worth.to(x.dtype).to(torch.float64)
         code = code + self.zero_point
-        return bool(((worth == value) & (code >= self.qmin) & (code <= self.qmax)).all())
+        exists = (code >= self.qmin) & (code <= self.qmax)
+        if self.binary:
+            exists &= code != 0
+        return bool(((worth == value) & exists).all())
 
     def __str__(self) -> str:
-        name = f"{'int' if self.signed else 'uint'}{self.bits}"
+        if self.binary and self.exponent == 0:
+            return "±1 [-1, 1]"
+        name = "±1" if self.binary else f"{'int' if self.signed else 'uint'}{self.bits}"
         if self.exponent is not None:
             step = "2^" + _span(_as_tuple(self.exponent), str)
         elif self.scale is not None:

@@ -9,6 +9,7 @@ from lightning_lowbit.graph.ops import COMPUTE
 from lightning_lowbit.modules.base import Scheme, low_bit_modules, switch_of
 from lightning_lowbit.modules.convert import Selection, convert_module, is_converted
 from lightning_lowbit.modules.revert import revert
+from lightning_lowbit.modules.selection import BY_USER
 from lightning_lowbit.plugins.checkpoint import difference
 
 __all__ = ["has_layers", "swap", "swap_for_checkpoint"]
@@ -63,7 +64,10 @@ def swap(module: nn.Module, scheme: Scheme, by_name: bool, selection: Selection,
 
 
 def _late_layers(module: nn.Module, selection: Selection) -> bool:
-    return any(type(m) in COMPUTE and selection.wants(path, m) for path, m in module.named_modules())
+    left = {path for path, reason in switch_of(module).conversion.skipped.items() if reason not in BY_USER}
+    return any(
+        type(m) in COMPUTE and path not in left and selection.wants(path, m) for path, m in module.named_modules()
+    )
 
 
 def _unwanted_layers(module: nn.Module, selection: Selection) -> list[str]:

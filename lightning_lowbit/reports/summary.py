@@ -192,7 +192,7 @@ def _owners(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _rows(path: str, owner: nn.Module, tally: Tally | None) -> Iterator[Row]:
     for child in owner.children():
-        if isinstance(child, Quantizer):
+        if isinstance(child, Quantizer) and child.has_grid:
             site = child.site
             pattern = owner.pattern if isinstance(owner, LowBitModule) else site.pattern
             share = None if tally is None else tally.share(site.key)
@@ -219,6 +219,7 @@ def _lines(low: Sequence[tuple[str, LowBitModule]], rows: Sequence[Row]) -> list
     lines = []
     for path, module, tensors in reading:
         result = getattr(module, "lowbit_output", None)
+        result = result if result is not None and result.has_grid else None
         pooled = isinstance(module, LowBitOp) and module.lowbit_kind is Kind.AVG_POOL
         grid = _formula(module, tensors)
         if result is not None and (pooled or id(result) not in read):

@@ -14,7 +14,6 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.modules.base import Milestone, Moment, Scheme, Site, UpdateRule
@@ -34,7 +33,7 @@ from lightning_lowbit.modules.integer_pooling import integer_max_pool
 from lightning_lowbit.modules.layers import LowBitLayer
 from lightning_lowbit.modules.loss import integer_cross_entropy
 from lightning_lowbit.modules.moments import check_moment
-from lightning_lowbit.modules.norm import LowBitBatchNorm
+from lightning_lowbit.modules.norm import LowBitBatchNorm, has_seen_data
 from lightning_lowbit.modules.quantizer import Quantizer, on
 from lightning_lowbit.numerics.block import ShiftRounding
 from lightning_lowbit.schemes.niti_training import NitiRule, mu_event
@@ -163,7 +162,7 @@ class Niti(Scheme):
 
     # -- the seam ----------------------------------------------------------------------------------------------
     def adapted_to(self, root: nn.Module, pretrained: bool) -> Niti:
-        seen = pretrained or any(_has_seen_data(module) for module in root.modules())
+        seen = pretrained or any(has_seen_data(module) for module in root.modules())
         return self._decided("finetune" if seen else "scratch", "fold" if seen else "island")
 
     def like(self, other: Scheme) -> Niti:
@@ -174,7 +173,7 @@ class Niti(Scheme):
             recipe=recipe if self.recipe == "auto" else self.recipe, norms=norms if self.norms == "auto" else self.norms
         )
 
-    def leaves_float(self, module: nn.Module) -> str | None:
+    def leaves_float(self, site: Site, module: nn.Module) -> str | None:
         return unsupported(module)
 
     def quantizer(self, site: Site) -> Quantizer | None:
@@ -231,12 +230,6 @@ class Niti(Scheme):
             Milestone(when, mu_event(place, mu))
             for place, (mu, when) in enumerate(zip(self.schedule, self.mu_at, strict=False))
         )
-
-
-def _has_seen_data(module: nn.Module) -> bool:
-    return (
-        isinstance(module, _BatchNorm) and module.num_batches_tracked is not None and bool(module.num_batches_tracked)
-    )
 
 
 def _check_range(option: str, values: tuple[int, ...], low: int, high: int) -> None:

@@ -1,0 +1,124 @@
+"""Layers and norms of a binarized network: sums of signs, and one affine function before the next sign."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_lowbit import kernels
+from lightning_lowbit.modules.binary import LatentSign
+from lightning_lowbit.modules.integer_layers import unsupported
+from lightning_lowbit.modules.quantizer import on
+from lightning_lowbit.numerics.affine import affine, affine_parameters
+from lightning_lowbit.numerics.exponent import pow2
+
+__all__ = ["binary_layer", "binary_norm", "finished", "integer_end", "padding_of", "products"]
+
+_CONV: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def binary_layer(layer: Any, x: Tensor) -> Tensor:
+    """sum of sign(x) sign(w), times the scale of the weights, plus a float bias.
+
+    Training multiplies with scale * sign(w), through which the latents learn. Evaluation adds up the signs first:
+    integers, exact in float32 below 2^24, which a packed layer counts as well; scale and bias come behind.
+    """
+    x, weight = on(layer.lowbit_input, x), layer.lowbit_weight
+    if layer.training or not isinstance(weight, LatentSign) or not weight.ready:
+        return finished(products(layer, x, on(weight, layer.weight)), None, layer.bias, layer.channel_axis)
+    scale = None if weight.scaling == "none" else weight.scale(layer.weight)
+    return finished(products(layer, x, weight.signs(layer.weight)), scale, layer.bias, layer.channel_axis)
+
+
+def products(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
+    """The layer's sums without bias; a border of the scheme's choosing around convolutions."""
+    border = layer.scheme.pad_value
+    if border and isinstance(layer, nn.modules.conv._ConvNd) and layer.padding_mode == "zeros":
+        x = F.pad(x, [pad for sides in reversed(padding_of(layer)) for pad in sides], value=float(border))
+        y = _CONV[len(layer.kernel_size)](x, weight, None, layer.stride, 0, layer.dilation, layer.groups)
+    else:
+        y = layer.op(x, weight, None)
+    # Libraries on other devices may choose Winograd, whose sums of integers are off by its own rounding.
+    exact: Tensor = y if layer.training or y.device.type == "cpu" or layer.lowbit_input is None else y.round()
+    return exact
+
+
+def finished(dot: Tensor, scale: Tensor | None, bias: Tensor | None, axis: int) -> Tensor:
+    """dot * scale + bias: multiply, round, add, round.
+
+    Args:
+        dot: sums, [N, outputs, ...] or [..., outputs].
+        scale: 0-dim or one per output, any shape.
+        bias: [outputs].
+        axis: of the outputs in dot, 1 or -1.
+    """
+    shape = [-1] + [1] * (dot.dim() - 2 if axis == 1 else 0)
+    if scale is not None:
+        dot = dot * (scale.reshape(shape) if scale.numel() > 1 else scale.reshape(()))
+    return dot if bias is None else dot + bias.reshape(shape)
+
+
+def padding_of(layer: Any) -> list[tuple[int, int]]:
+    """(before, after) per axis, for padding in numbers, "same" or "valid"."""
+    if layer.padding == "valid":
+        return [(0, 0)] * len(layer.kernel_size)
+    if layer.padding == "same":
+        totals = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        return [(total // 2, total - total // 2) for total in totals]
+    return [(p, p) for p in layer.padding]
+
+
+def binary_norm(norm: Any, x: Tensor) -> Tensor:
+    """A batch norm: torch's while it trains, one affine function of its moving statistics in evaluation."""
+    if norm.training or norm.running_mean is None:
+        result: Tensor = norm.op(x) if norm.since is None else _renewed(norm, x)
+        return result
+    a, b = affine_parameters(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+    return affine(x, a, b)
+
+
+def _renewed(norm: Any, x: Tensor) -> Tensor:
+    """Training behind a change of the network: moving statistics are the mean since then, until they move as ever."""
+    if norm.momentum is None:
+        result: Tensor = norm.op(x)
+        return result
+    norm._check_input_dim(x)
+    share = max(norm.momentum, 1 / (norm.since + 1))
+    norm.since += 1
+    norm.num_batches_tracked.add_(1)
+    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, True, share, norm.eps)
+
+
+def integer_end(layer: Any, x: Tensor) -> Tensor:
+    """A first or last layer in 8 bits: trained on grid values, evaluated as integers whatever the sums' length."""
+    source, weight = layer.lowbit_input, layer.lowbit_weight
+    whole = source is not None and source.ready and weight.ready and unsupported(layer) is None
+    result: Tensor = layer.quantized(x) if layer.training or not whole else _integer_end(layer, x)
+    return result
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # the kernels choose among libraries
+def _integer_end(layer: Any, x: Tensor) -> Tensor:
+    source, weight, bias = layer.lowbit_input, layer.lowbit_weight, layer.lowbit_bias
+    unit = source.exponent() + weight.exponent()
+    codes = (on(source, x) / pow2(source.exponent())).to(torch.int8)
+    w = (on(weight, layer.weight) / pow2(weight.exponent())).to(torch.int8)
+    if isinstance(layer, nn.Linear):
+        acc = kernels.int8_matmul(codes.reshape(-1, w.shape[1]), w.t()).reshape(*x.shape[:-1], w.shape[0])
+    else:
+        sides = padding_of(layer)
+        conv: Any = kernels.int8_conv1d if len(sides) == 1 else kernels.int8_conv2d
+        padding: Any = sides[0] if len(sides) == 1 else tuple(sides)
+        stride, dilation = (v[0] if len(sides) == 1 else v for v in (layer.stride, layer.dilation))
+        acc = conv(codes, w, stride=stride, padding=padding, dilation=dilation, groups=layer.groups)
+    if layer.bias is None:
+        return acc.float() * pow2(unit)
+    if bias is None:
+        return finished(acc.float() * pow2(unit), None, layer.bias, layer.channel_axis)
+    biases = (on(bias, layer.bias) / pow2(unit)).to(torch.int64)
+    shape = [-1] + [1] * (acc.dim() - 2 if layer.channel_axis == 1 else 0)
+    total: Tensor = (acc.to(torch.int64) + biases.reshape(shape)).float() * pow2(unit)
+    return total
