@@ -90,6 +90,8 @@ class SignInput(_Binary):
 class LatentSign(_Binary):
     """The sign of a latent weight, times nothing, its largest magnitude, or each output's mean magnitude.
 
+    In evaluation it gives the bare signs: the layer multiplies its sums with the scale.
+
     Args:
         site: where it stands.
         ste: the stand-in for the sign's derivative.
@@ -112,7 +114,7 @@ class LatentSign(_Binary):
 
     def quantize(self, x: Tensor, rectify: bool = False) -> Tensor:
         u = self.noise(x, shared=True) if self.stochastic and self.training else None
-        if self.scaling == "none":
+        if self.scaling == "none" or not self.training:
             return binarize(x, self.ste, u=u)
         grad = (
             "unit" if self.scaling == "max" else self.scale_grad
@@ -124,9 +126,6 @@ class LatentSign(_Binary):
         if self.scaling == "channel_mean":
             return channel_mean(w) * self.gain
         return w.detach().abs().amax() * self.gain if self.scaling == "max" else w.new_ones(())
-
-    def signs(self, w: Tensor) -> Tensor:
-        return binary_sign(w)
 
     @torch.no_grad()
     def adopt(self) -> None:

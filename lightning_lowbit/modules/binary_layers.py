@@ -27,10 +27,9 @@ def binary_layer(layer: Any, x: Tensor) -> Tensor:
     integers, exact in float32 below 2^24, which a packed layer counts as well; scale and bias come behind.
     """
     x, weight = on(layer.lowbit_input, x), layer.lowbit_weight
-    if layer.training or not isinstance(weight, LatentSign) or not weight.ready:
-        return finished(products(layer, x, on(weight, layer.weight)), None, layer.bias, layer.channel_axis)
-    scale = None if weight.scaling == "none" else weight.scale(layer.weight)
-    return finished(products(layer, x, weight.signs(layer.weight)), scale, layer.bias, layer.channel_axis)
+    bare = isinstance(weight, LatentSign) and weight.ready and weight.scaling != "none" and not layer.training
+    scale = weight.scale(layer.weight) if bare else None
+    return finished(products(layer, x, on(weight, layer.weight)), scale, layer.bias, layer.channel_axis)
 
 
 def products(layer: Any, x: Tensor, weight: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ _NONNEGATIVE_NAMES = frozenset({
 })  # fmt: skip
 _BOUNDED_NAMES = frozenset({"hardtanh", "hardtanh_", "clamp", "clamp_", "clamp_min", "clamp_min_", "clip", "clip_"})
 _SELECTS = frozenset({"getitem", "select", "narrow", "index_select"})
-_MOVES = (*_MAX_POOLS, nn.Identity, nn.Flatten)
+_MOVES = (*_MAX_POOLS, nn.Identity, nn.Flatten)  # past which a bias per channel is still one
 _MOVES_NAMES = frozenset({
     "flatten", "view", "reshape", "contiguous", "transpose", "permute", "squeeze", "unsqueeze",
 })  # fmt: skip
@@ -90,7 +90,7 @@ _NORM, _SIGN, _END, _OPAQUE, _MIXED = "norm", "sign", "end", "opaque", "mixed"  
 
 class _Lint:
     def __init__(self, root: nn.Module, flow: Flow, binary: set[str], replaced: set[str]) -> None:
-        self.root, self.flow, self.binary, self.replaced = root, flow, binary, replaced
+        self.flow, self.binary, self.replaced = flow, binary, replaced
         self.modules = dict(root.named_modules(remove_duplicate=False))
         self.targets = {id(call): self._target(call) for call in flow.calls}
         self.values: dict[int, _Value] = {}
@@ -109,7 +109,7 @@ class _Lint:
 
     def _kind(self, call: Call) -> Kind:
         """As the target says it; a plan calls operations of float code FLOAT."""
-        if call.kind is not Kind.FLOAT or call.target in ("input", "untraced"):
+        if call.target in ("input", "untraced") or (call.path is None and call.kind is not Kind.FLOAT):
             return call.kind
         kind = classify(self.targets[id(call)], call.args, call.kwargs)
         plain_sum = len(call.inputs) > 1 and "alpha" not in call.kwargs
@@ -258,7 +258,7 @@ class _Lint:
         return list(dict.fromkeys(found))
 
     def _rectifier(self, call: Call, names: str, moved: bool) -> Finding:
-        what = f"never negative, so that every sign that {names} takes of its values is +1"
+        what = f"never negative, so that every sign taken of its values by {names} is +1"
         if self._kind(call) is Kind.RELU and moved:
             fix = 'Bnn(relu="hardtanh") or Bnn(relu="prelu") replaces it, or write nn.Hardtanh'
         else:
@@ -281,7 +281,7 @@ class _Lint:
             else:
                 what = (
                     f"no normalization follows it: a sum of {k} signs has a standard deviation of {math.sqrt(k):.3g}, "
-                    "so that hardly a unit lies in a window of [-1, 1]"
+                    f"so that only {math.erf(1 / math.sqrt(2 * k)):.0%} of its units lie in a window of [-1, 1]"
                 )
             yield Finding(name, what, f"put nn.BatchNorm{len(getattr(layer, 'kernel_size', (1,)))}d behind it")
         norm = self._subtracts(call) if layer.bias is not None and layer.bias.requires_grad else None
@@ -329,4 +329,5 @@ def _union(groups: Iterable[tuple[Any, ...]]) -> tuple[Any, ...]:
 
 
 def _listed(names: list[str]) -> str:
-    return " and ".join(dict.fromkeys(names))
+    *others, last = dict.fromkeys(names)
+    return f"{', '.join(others)} and {last}" if others else last

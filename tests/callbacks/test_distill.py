@@ -120,7 +120,7 @@ def test_generators_are_left_alone(tmp_path: Path) -> None:
     assert random_state() == expected
 
 
-@pytest.mark.parametrize("scheme", ["tqt", "niti"])
+@pytest.mark.parametrize("scheme", ["bnn", "niti", "tqt"])
 def test_either_order_of_callbacks_is_the_same_run(tmp_path: Path, scheme: str) -> None:
     found = []
     for first in (True, False):

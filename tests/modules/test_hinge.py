@@ -56,7 +56,7 @@ def test_halves_are_summed_in_float32_and_doubles_stay(dtype: torch.dtype) -> No
     z = logits(dtype=dtype)
     loss = hinge_loss(z, LABELS)
     assert loss.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
-    assert float(loss) == 1.0
+    assert loss.item() == 1.0
     loss.backward()
     assert z.grad is not None
     assert z.grad.dtype is dtype

@@ -68,7 +68,7 @@ def test_rsign_is_a_shift_whose_sign_is_the_papers(shape: tuple[int, ...]) -> No
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"rank {len(shape)}")
 def test_rprelu_is_equation_4(shape: tuple[int, ...]) -> None:
     act, x = scrambled(RPReLU(3)), torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    x.view(-1, 3, shape[2:].numel() if isinstance(shape, torch.Size) else x[0, 0].numel())[0, :, 0] = act.shift.detach()
+    x.view(len(x), 3, -1)[0, :, 0] = act.shift.detach()  # the corner
     gamma, beta, zeta = (per_channel(p, x) for p in (act.shift, act.slope, act.offset))
     expected = torch.where(x > gamma, x - gamma + zeta, beta * (x - gamma) + zeta)
     assert torch.equal(act(x), expected)
@@ -171,7 +171,7 @@ def test_torch_compile(react: bool) -> None:
 
 
 @pytest.mark.parametrize("react", [True, False], ids=["react", "bi-real"])
-@pytest.mark.parametrize("scheme", ["tqt", "niti"])
+@pytest.mark.parametrize("scheme", ["niti", "tqt"])
 def test_a_converted_network_trains_the_shifts_and_comes_back(scheme: str, react: bool) -> None:
     net, x = seeded(react)
     names = [name for name, _ in net.named_parameters()]
@@ -188,3 +188,20 @@ def test_a_converted_network_trains_the_shifts_and_comes_back(scheme: str, react
     revert(net)
     assert [name for name, _ in net.named_parameters()] == names
     assert [type(m) for m in net.modules()] == [type(m) for m in plain.modules()]
+
+
+@pytest.mark.parametrize("react", [True, False], ids=["react", "bi-real"])
+def test_a_binary_network_keeps_its_trunk_float_and_takes_the_sign_of_what_is_shifted(react: bool) -> None:
+    net, x = seeded(react)
+    report = convert(net, "bnn", x, skip=["*shortcut"])
+    assert [layer.path for layer in report.layers] == ["same.conv", "down.conv"]
+    assert report.findings == []
+    block, trunk = net.same.eval(), torch.randn(2, 4, 6, 6)
+    signs = (torch.where(t < 0, -1.0, 1.0) for t in (block.sign(trunk), block.conv.weight))
+    sums = nn.functional.conv2d(*signs, padding=1)
+    expected = block.activation(block.norm(sums) + trunk)
+    torch.testing.assert_close(block(trunk), expected)
+    net.train()(x).square().sum().backward()
+    shifts = [m.shift for m in net.modules() if isinstance(m, (RSign, RPReLU))]
+    assert len(shifts) == (4 if react else 0)
+    assert all(shift.grad is not None and shift.grad.any() for shift in shifts)

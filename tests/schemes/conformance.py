@@ -27,6 +27,12 @@ from lightning_lowbit.callbacks.quant import QuantCallback
 from lightning_lowbit.schemes import registry, resolve
 
 OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
+    "bnn": (
+        {"first": "int8", "last": "int8"},
+        {"scale": "channel_mean", "ste": "annealed", "shift": True, "relu": "rprelu", "weights_at": 0.5},
+        {"update": "bop", "bop_gamma": 0.1, "first": "binary", "pad_value": 1, "relu": "hardtanh"},
+        {"stochastic": "both", "latent_std": 0.5, "scale": "max", "ste": "progressive"},
+    ),
     "tqt": (
         {},
         {"bits": 4, "freeze_batch_norm": None},

@@ -36,7 +36,7 @@ import lightning_lowbit
 from lightning_lowbit import schemes
 from lightning_lowbit.callbacks.quant import QuantCallback
 from lightning_lowbit.errors import ConfigError
-from lightning_lowbit.modules.base import Scheme, Site, float_mode
+from lightning_lowbit.modules.base import Scheme, Site, float_mode, switch_of
 from lightning_lowbit.modules.convert import quantizers
 from lightning_lowbit.modules.elementwise import LowBitAdd, LowBitAvgPool
 from lightning_lowbit.modules.layers import LowBitLayer
@@ -110,7 +110,9 @@ def test_converts_in_place_and_keeps_parameters_and_their_names(case: Case) -> N
     module = net()
     parameters, layers = dict(module.named_parameters()), dict(module.named_modules())
     result = convert(module, resolve(case.scheme, **case.options))
-    assert [layer.path for layer in result.layers] == ["conv1", "conv2", "conv3", "fc"]
+    by_rule = {path for path, reason in result.skipped.items() if "layer, by" in reason}  # a scheme may spare the ends
+    assert sorted([*(layer.path for layer in result.layers), *by_rule]) == ["conv1", "conv2", "conv3", "fc"]
+    assert {layer.path for layer in result.layers} >= {"conv2", "conv3"}
     after = dict(module.named_parameters())
     assert all(after[name] is parameter for name, parameter in parameters.items())
     assert all(
@@ -136,7 +138,7 @@ def test_trains_and_the_error_reaches_the_first_layer(run: Trained) -> None:
         if name.endswith(".weight"):
             assert not torch.equal(after[name], value), name
         assert bool(torch.isfinite(after[name]).all()), name
-    assert all(quantizer.ready for _, quantizer in quantizers(run.module))
+    assert all(quantizer.ready or not quantizer.has_grid for _, quantizer in quantizers(run.module))
 
 
 def test_resume_is_bit_equal(run: Trained) -> None:
@@ -193,7 +195,7 @@ def test_stays_on_its_grids_in_evaluation(trained: Net) -> None:
 
     def check(path: str, quantizer: Quantizer | None, x: Tensor) -> None:
         seen.add(path)
-        if quantizer is not None and not quantizer.grid().contains(x):
+        if quantizer is not None and quantizer.has_grid and not quantizer.grid().contains(x):
             off.append(path)
 
     def note(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -213,7 +215,7 @@ def test_stays_on_its_grids_in_evaluation(trained: Net) -> None:
         hook.remove()
     assert off == []
     # Weights, sums and errors of integer layers are codes inside them; whoever reads a result checks it here.
-    inside = ("weight", "bias", "accumulator", "sum", "error") if trained.fc.scheme.carries_errors else ()
+    inside = ("weight", "bias", "accumulator", "sum", "error") if trained.conv2.scheme.carries_errors else ()
     assert {q.site.key for _, q in quantizers(trained) if q.site.role not in inside} <= seen
 
 
@@ -230,7 +232,11 @@ def test_validation_moves_nothing(run: Trained) -> None:
 
 def test_a_batch_equals_its_samples_one_by_one(trained: Net) -> None:
     x = images(1)
-    assert torch.equal(trained(x), torch.cat([trained(sample) for sample in x[:, None]]))
+    together, alone = trained(x), torch.cat([trained(sample) for sample in x[:, None]])
+    if switch_of(trained).conversion.skipped:  # a float layer's sums depend on how many are added up at once
+        torch.testing.assert_close(together, alone)
+    else:
+        assert torch.equal(together, alone)
 
 
 def test_float_mode_is_the_float_network(trained: Net) -> None:

@@ -1,0 +1,131 @@
+"""Train a binary network beside the same network in float: accuracies, epoch by epoch.
+
+    python examples/binary_networks.py --net digits_mlp --epochs 20
+    python examples/binary_networks.py --net mnist_mlp --data.root mnist --epochs 10
+    python examples/binary_networks.py --net vgg --data.root cifar10.zip --epochs 10
+    python examples/binary_networks.py --net resnet20 --data.root cifar10.zip --checkpoint resnet20-12fca82f.th \
+        --stages 4 6 --distill
+
+Both rows are ordinary ``Trainer.fit`` calls on the same LightningModule, which the second converts by one callback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from binary_nets import NETS, BinaryClassifier
+from cifar import CifarData
+from finetune_resnet20 import load_public
+from integer_training import Curve, Result, table
+from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Timer
+from mnist import MnistData
+
+from lightning_lowbit import Bnn, QuantCallback
+from lightning_lowbit.callbacks.distill import Distill
+from lightning_lowbit.demos import DigitsData
+
+MODEL: dict[str, dict[str, Any]] = {
+    "digits_mlp": {"lr": 1e-2, "loss": "squared_hinge"},
+    "mnist_mlp": {"lr": 3e-3, "loss": "squared_hinge"},
+    "vgg": {"lr": 5e-3},
+    "resnet20": {"lr": 1e-3, "weight_decay": 1e-5},
+    "resnet8": {"lr": 1e-3, "weight_decay": 1e-5},
+}
+TWO_STAGES = {"scale": "channel_mean", "ste": "approx", "relu": "prelu", "shift": True}
+
+
+def images(args: argparse.Namespace, seed: int) -> LightningDataModule:
+    if args.net == "digits_mlp":
+        return DigitsData(args.batch_size, seed)
+    if args.net == "mnist_mlp":
+        return MnistData(args.root, args.batch_size)
+    return CifarData(args.root, args.batch_size, seed, args.cache)
+
+
+def run(row: str, data: LightningDataModule, args: argparse.Namespace, seed: int) -> tuple[float, list[float], float]:
+    """Train one row with one seed: accuracy before, after each epoch, and minutes of training."""
+    epochs = sum(args.stages) if args.stages else args.epochs
+    restart = args.stages[0] / epochs if args.stages and row == "bnn" else None
+    options = {**MODEL[args.net], **args.model, "restart": restart}
+    model, timer, curve = BinaryClassifier(args.net, **options), Timer(), Curve()
+    callbacks: list[Callback] = [timer, curve]
+    quant = None
+    if row == "bnn":
+        scheme = {**({**TWO_STAGES, "weights_at": args.stages[0]} if args.stages else {}), **args.bnn}
+        quant = QuantCallback(Bnn(**scheme), init_from=None if args.checkpoint is None else str(args.checkpoint))
+        callbacks.append(quant)
+        if args.distill:
+            callbacks.append(Distill(str(args.checkpoint)))
+    trainer = Trainer(
+        max_epochs=epochs,
+        limit_train_batches=args.steps_per_epoch,
+        callbacks=callbacks,
+        accelerator=args.accelerator,
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=args.progress,
+        num_sanity_val_steps=0,
+    )
+    if quant is None:
+        if args.checkpoint is not None:
+            load_public(model, args.checkpoint)
+        before = float(trainer.validate(model, data, verbose=False)[0]["val_acc"])
+        trainer.fit(model, data)
+    else:
+        trainer.fit(model, data)
+        before = float(quant.metrics["calibrated"]["val_acc"])
+    return 100 * before, curve.values, timer.time_elapsed("train") / 60
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--net", choices=NETS, required=True)
+    parser.add_argument("--data.root", dest="root", help="folder with MNIST, or zip or folder with CIFAR-10")
+    parser.add_argument("--data.cache", dest="cache", help="folder in which to keep the decoded images")
+    parser.add_argument("--data.batch_size", dest="batch_size", type=int, default=128)
+    parser.add_argument("--checkpoint", type=Path, help="of resnet20: a public .th file to start from")
+    parser.add_argument("--stages", type=int, nargs=2, help="epochs with float weights, then with binary ones")
+    parser.add_argument("--distill", action="store_true", help="toward the float network of the checkpoint")
+    parser.add_argument("--rows", nargs="+", choices=("float", "bnn"), default=["float", "bnn"])
+    parser.add_argument("--bnn", type=json.loads, default={}, help='options of Bnn as JSON: \'{"ste": "approx"}\'')
+    parser.add_argument("--model", type=json.loads, default={}, help="options of BinaryClassifier as JSON")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--epochs", type=int, default=1, help="without --stages")
+    parser.add_argument("--steps_per_epoch", type=int, help="default all")
+    parser.add_argument("--accelerator", default="cpu")
+    parser.add_argument("--progress", action="store_true", help="show a progress bar")
+    parser.add_argument("--json", type=Path, help="write the results here as well")
+    args = parser.parse_args(argv)
+    if args.root is None and args.net != "digits_mlp":
+        parser.error(f"--net {args.net} needs --data.root")
+    # The data is in memory, where workers would only take cores from the network.
+    warnings.filterwarnings("ignore", message=".*does not have many workers")
+
+    results: dict[str, Result] = {}
+    for row in args.rows:
+        results[row] = Result()
+        for seed in args.seeds:
+            seed_everything(seed, verbose=False)
+            before, epochs, minutes = run(row, images(args, seed), args, seed)
+            print(f"{row}, seed {seed}: {before:.2f} -> {epochs[-1]:.2f} in {minutes:.1f} min", flush=True)
+            results[row].before.append(before)
+            results[row].epochs.append(epochs)
+            results[row].minutes.append(minutes)
+    print(f"\n{table(results)}")
+    if args.json:
+        args.json.write_text(json.dumps({row: asdict(result) for row, result in results.items()}, indent=1))
+    return results
+
+
+if __name__ == "__main__":
+    main()
