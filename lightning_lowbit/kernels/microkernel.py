@@ -11,17 +11,15 @@ a threshold.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-from numba import carray, njit, types
+from numba import types
 from numba.core.cgutils import ir
 from numba.extending import intrinsic
 
 __all__ = [
-    "BITS_OF_LANES", "BITS_OF_ROWS", "FLOATS", "INTS", "LANES", "ROWS", "convolve", "make_panels", "multiply",
-    "pack_channels", "pack_pixels", "pack_rows",
+    "BITS_OF_LANES", "BITS_OF_ROWS", "FLOATS", "INTS", "LANES", "ROWS", "add_signs", "as_pointer", "copy_vector",
+    "micro_kernel", "signs_of_64", "signs_of_8",
 ]  # fmt: skip
 
 ROWS = 8
@@ -96,16 +94,14 @@ def _signs_of(count: int) -> Any:
         def emit(context: Any, builder: Any, _: Any, args: Any) -> Any:
             floats = _load(builder, args[0], 0, ir.VectorType(_FLOAT, count))
             negative = builder.fcmp_ordered("<", floats, ir.Constant(floats.type, [0.0] * count))
-            return builder.zext(builder.bitcast(negative, ir.IntType(count)), _I64) if count < 64 else builder.bitcast(
-                negative, _I64
-            )
+            return builder.zext(builder.bitcast(negative, ir.IntType(count)), _I64)
 
         return types.int64(_ADDRESS), emit
 
     return intrinsic(typed)
 
 
-def _micro_kernel(rows: int, masked: bool, form: int) -> Any:
+def micro_kernel(rows: int, masked: bool, form: int) -> Any:
     """Emit one micro-kernel.
 
     Called with int64 numbers, addresses and strides in bytes:
@@ -193,35 +189,5 @@ def _micro_kernel(rows: int, masked: bool, form: int) -> Any:
     return intrinsic(typed)
 
 
-def _compiled(numbers: int) -> Callable[[Callable[..., None]], Any]:
-    """Compile a function of so many int64 numbers, once per machine where the result can be kept."""
-
-    def compiled(function: Callable[..., None]) -> Any:
-        signature = types.void(*[types.int64] * numbers)
-        try:
-            return njit(signature, nogil=True, cache=True)(function)
-        except RuntimeError:  # no folder to keep it in
-            return njit(signature, nogil=True)(function)
-
-    return compiled
-
-
 as_pointer, copy_vector, add_signs = intrinsic(_as_pointer), intrinsic(_copy_vector), intrinsic(_add_signs)
 signs_of_64, signs_of_8 = _signs_of(64), _signs_of(8)
-ints, ints_1 = (_micro_kernel(rows, False, INTS) for rows in (ROWS, 1))
-floats, floats_1 = (_micro_kernel(rows, False, FLOATS) for rows in (ROWS, 1))
-lane_bits, lane_bits_1 = (_micro_kernel(rows, False, BITS_OF_LANES) for rows in (ROWS, 1))
-row_bits, row_bits_1 = (_micro_kernel(rows, False, BITS_OF_ROWS) for rows in (ROWS, 1))
-masked_floats, masked_floats_1 = (_micro_kernel(rows, True, FLOATS) for rows in (ROWS, 1))
-masked_row_bits, masked_row_bits_1 = (_micro_kernel(rows, True, BITS_OF_ROWS) for rows in (ROWS, 1))
-
-
-@_compiled(4)
-def pack_rows(x, out, rows, length):
-    """float32 (rows, length) to (rows, ceil(length / 64)) words."""
-    words = (length + 63) // 64
-    packed = carray(as_pointer(out), (rows * words,), np.int64)
-    for place in range(rows):
-        start = x + 4 * place * length
-        for word in range(words):
-            packed[place * words + word] = signs(start + 256 * word, min(64, length - 64 * word))
