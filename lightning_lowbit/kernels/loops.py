@@ -145,99 +145,162 @@ def _limits(low: int, flip: int, count: int, edge: Any, sense: Any) -> None:
     sense[count:] = 0
 
 
+@_inner
+def _product(
+    rows: int, form: int, masked: int, a: int, panel: int, masks: int, words: int, base: int, edge: int, sense: int,
+    out: int, step: int, bit: int,
+) -> None:  # fmt: skip
+    """ROWS rows or one, by the micro-kernel for this form."""
+    row = 8 * words
+    if form == INTS:
+        if rows == ROWS:
+            _ints(a, row, panel, 0, words, base, 0, 0, out, step, 0)
+        else:
+            _int(a, row, panel, 0, words, base, 0, 0, out, step, 0)
+    elif form == BITS_OF_LANES:
+        if rows == ROWS:
+            _lane_bits(a, row, panel, 0, words, base, edge, sense, out, step, 0)
+        else:
+            _lane_bit(a, row, panel, 0, words, base, edge, sense, out, step, 0)
+    elif form == FLOATS and masked:
+        if rows == ROWS:
+            _masked_floats(a, row, panel, masks, words, base, 0, 0, out, step, 0)
+        else:
+            _masked_float(a, row, panel, masks, words, base, 0, 0, out, step, 0)
+    elif form == FLOATS:
+        if rows == ROWS:
+            _floats(a, row, panel, 0, words, base, 0, 0, out, step, 0)
+        else:
+            _float(a, row, panel, 0, words, base, 0, 0, out, step, 0)
+    elif masked:
+        if rows == ROWS:
+            _masked_row_bits(a, row, panel, masks, words, base, edge, sense, out, step, bit)
+        else:
+            _masked_row_bit(a, row, panel, masks, words, base, edge, sense, out, step, bit)
+    elif rows == ROWS:
+        _row_bits(a, row, panel, 0, words, base, edge, sense, out, step, bit)
+    else:
+        _row_bit(a, row, panel, 0, words, base, edge, sense, out, step, bit)
+
+
 @_compiled(14)
 def multiply(
-    a: int, panels: int, out: int, first_row: int, last_row: int, first_panel: int, last_panel: int, words: int,
-    outputs: int, k: int, form: int, low: int, flip: int, step: int,
+    a: int, panels: int, out: int, step: int, form: int, low: int, flip: int, first_row: int, last_row: int,
+    first_panel: int, last_panel: int, words: int, outputs: int, k: int,
 ) -> None:  # fmt: skip
-    """Some rows of words (M, words) times some panels (ceil(O / LANES), words, LANES) of the transposed right operand.
+    """Some rows of words (M, words) times some panels of the transposed right operand (outputs, words).
 
     Args:
-        form: INTS or FLOATS: out is (M, outputs) of 4 bytes; BITS_OF_LANES: out is (M, step) bytes, zero, with step a
-            multiple of 8, and low int32 and flip bool (outputs,) are read.
-        step: bytes from one row of out to the next.
+        out, step: (M, outputs) of 4 bytes, int32 for INTS, float32 for FLOATS; for BITS_OF_LANES (M, words) int64 of
+            zeros; step bytes from one row to the next.
+        low, flip: thresholds of BITS_OF_LANES, int32 and bool (outputs,).
     """
-    base = np.full(LANES, k, np.int32)
+    base, tile = np.full(LANES, k, np.int32), np.empty((ROWS, LANES), np.int32)
     edge, sense = np.zeros(LANES, np.int32), np.zeros(LANES, np.int32)
-    tile = np.empty((ROWS, LANES), np.int32)
     block = max(ROWS, _BLOCK // (8 * words) // ROWS * ROWS)
     for begin in range(first_row, last_row, block):
         end = min(begin + block, last_row)
-        for panel in range(first_panel, last_panel):
-            columns = panels + 8 * panel * words * LANES
-            count = min(LANES, outputs - panel * LANES)
+        for number in range(first_panel, last_panel):
+            lane = number * LANES
+            count = min(LANES, outputs - lane)
             if form == BITS_OF_LANES:
-                _limits(low + 4 * panel * LANES, flip + panel * LANES, count, edge, sense)
+                _limits(low + 4 * lane, flip + lane, count, edge, sense)
+            start = out + (lane // 8 if form == BITS_OF_LANES else 4 * lane)
             row = begin
             while row < end:
                 rows = ROWS if row + ROWS <= end else 1
-                if form == BITS_OF_LANES:
-                    _by_lanes(
-                        rows, form, a + 8 * row * words, columns, words, base, edge, sense,
-                        out + row * step + panel * (LANES // 8), step,
-                    )  # fmt: skip
-                elif count == LANES:
-                    _by_lanes(
-                        rows, form, a + 8 * row * words, columns, words, base, edge, sense,
-                        out + row * step + 4 * panel * LANES, step,
-                    )  # fmt: skip
-                else:
-                    _by_lanes(
-                        rows, form, a + 8 * row * words, columns, words, base, edge, sense, tile.ctypes.data, 4 * LANES
-                    )
+                whole = count == LANES or form == BITS_OF_LANES
+                _product(
+                    rows, form, 0, a + 8 * row * words, panels + 8 * lane * words, 0, words, base.ctypes.data,
+                    edge.ctypes.data, sense.ctypes.data, start + row * step if whole else tile.ctypes.data,
+                    step if whole else 4 * LANES, 0,
+                )  # fmt: skip
+                if not whole:
                     for m in range(rows):
-                        line = carray(
-                            as_pointer(out + (row + m) * step + 4 * panel * LANES), (count,), np.int32
-                        )
+                        line = carray(as_pointer(start + (row + m) * step), (count,), np.int32)
                         line[:] = tile[m, :count]
                 row += rows
 
 
 @_inner
-def _by_lanes(
-    rows: int, form: int, a: int, panel: int, words: int, base: Any, edge: Any, sense: Any, out: int, step: int
-) -> None:
-    ends = base.ctypes.data, edge.ctypes.data, sense.ctypes.data
-    if form == FLOATS:
-        if rows == ROWS:
-            _floats(a, 8 * words, panel, 0, words, ends[0], 0, 0, out, step, 0)
-        else:
-            _float(a, 8 * words, panel, 0, words, ends[0], 0, 0, out, step, 0)
-    elif form == INTS:
-        if rows == ROWS:
-            _ints(a, 8 * words, panel, 0, words, ends[0], 0, 0, out, step, 0)
-        else:
-            _int(a, 8 * words, panel, 0, words, ends[0], 0, 0, out, step, 0)
-    elif rows == ROWS:
-        _lane_bits(a, 8 * words, panel, 0, words, ends[0], ends[1], ends[2], out, step, 0)
-    else:
-        _lane_bit(a, 8 * words, panel, 0, words, ends[0], ends[1], ends[2], out, step, 0)
+def _find_runs(first: int, images: int, pixels: int, out_w: int, runs: Any) -> Any:
+    """Split the lanes from pixel ``first`` on into stretches within a row of the output; how many there are.
+
+    A run is first lane, length, image, row and column.
+    """
+    image, pixel = divmod(first, pixels)
+    row, column = divmod(pixel, out_w)
+    count = lane = 0
+    while lane < LANES and image < images:
+        length = min(out_w - column, LANES - lane)
+        runs[count, 0], runs[count, 1] = lane, length
+        runs[count, 2], runs[count, 3], runs[count, 4] = image, row, column
+        count, lane, row, column = count + 1, lane + length, row + 1, 0
+        if row * out_w == pixels:
+            image, row = image + 1, 0
+    return count
 
 
 @_inner
-def _by_rows(
-    rows: int, form: int, masked: int, a: int, panel: int, masks: int, words: int, base: int, edge: int, sense: int,
-    out: int, step: int, bit: int,
+def _limit_taps(length: int, out: int, taps: int, stride: int, hole: int, before: int, limits: Any, met: Any) -> None:
+    """Along one axis: the first and the last + 1 output that meets the image at each tap, and the taps of each output."""
+    met[:] = 0
+    for tap in range(taps):
+        shift = before - tap * hole
+        limits[tap, 0] = max(-(-shift // stride), 0)
+        limits[tap, 1] = min((length - 1 + shift) // stride + 1, out)
+        for place in range(limits[tap, 0], limits[tap, 1]):
+            met[place] += 1
+
+
+@_inner
+def _mask(
+    runs: Any, count: int, words: int, channels: int, row_limits: Any, column_limits: Any, rows_met: Any,
+    columns_met: Any, columns: Any, base: Any, masks: Any,
 ) -> None:  # fmt: skip
-    if form == FLOATS:
-        if rows == ROWS:
-            if masked:
-                _masked_floats(a, 8 * words, panel, masks, words, base, 0, 0, out, step, 0)
-            else:
-                _floats(a, 8 * words, panel, 0, words, base, 0, 0, out, step, 0)
-        elif masked:
-            _masked_float(a, 8 * words, panel, masks, words, base, 0, 0, out, step, 0)
-        else:
-            _float(a, 8 * words, panel, 0, words, base, 0, 0, out, step, 0)
-    elif rows == ROWS:
-        if masked:
-            _masked_row_bits(a, 8 * words, panel, masks, words, base, edge, sense, out, step, bit)
-        else:
-            _row_bits(a, 8 * words, panel, 0, words, base, edge, sense, out, step, bit)
-    elif masked:
-        _masked_row_bit(a, 8 * words, panel, masks, words, base, edge, sense, out, step, bit)
-    else:
-        _row_bit(a, 8 * words, panel, 0, words, base, edge, sense, out, step, bit)
+    """The lanes that lie inside the image at each tap, as bits, and how many products each lane sums."""
+    for run in range(count):
+        start, length, row, column = runs[run, 0], runs[run, 1], runs[run, 3], runs[run, 4]
+        for lane in range(length):
+            base[start + lane] = channels * rows_met[row] * columns_met[column + lane]
+        for j in range(len(column_limits)):
+            begin, end = max(column_limits[j, 0] - column, 0), min(column_limits[j, 1] - column, length)
+            columns[j, run] = ((1 << end) - (1 << begin)) << start if end > begin else 0
+    place = 0
+    for i in range(len(row_limits)):
+        for j in range(len(column_limits)):
+            inside = np.int64(0)
+            for run in range(count):
+                if row_limits[i, 0] <= runs[run, 3] < row_limits[i, 1]:
+                    inside |= columns[j, run]
+            for _ in range(words):
+                for vector in range(LANES // 8):
+                    masks[place, vector] = inside >> (8 * vector) & 255
+                place += 1
+
+
+@_inner
+def _gather(
+    x: int, starts: Any, runs: Any, count: int, words: int, area: int, wide: int, kernel: Any, stride_w: int,
+    hole: Any, panel: int,
+) -> None:  # fmt: skip
+    """Copy the patches of a panel's lanes: (kernel_h, kernel_w, words, LANES) int64."""
+    for i in range(kernel[0]):
+        for j in range(kernel[1]):
+            for word in range(words):
+                tap = x + 8 * (i * hole[0] * wide + j * hole[1] + word * area)
+                # Runs in ascending order, whole vectors at a time: what one writes past its end the next overwrites.
+                for run in range(count):
+                    source, to = tap + 8 * starts[run], panel + 8 * runs[run, 0]
+                    if stride_w == 1:
+                        for lane in range(0, runs[run, 1], 8):
+                            copy_vector(to + 8 * lane, source + 8 * lane)
+                    else:
+                        lanes = carray(as_pointer(to), (runs[run, 1],), np.int64)
+                        line = carray(as_pointer(source), (runs[run, 1] * stride_w,), np.int64)
+                        for lane in range(runs[run, 1]):
+                            lanes[lane] = line[lane * stride_w]
+                panel += 8 * LANES
 
 
 @_compiled(28)
@@ -247,7 +310,7 @@ def convolve(
     height: int, width: int, kernel_h: int, kernel_w: int, stride_h: int, stride_w: int, hole_h: int, hole_w: int,
     out_h: int, out_w: int,
 ) -> None:  # fmt: skip
-    """Some panels of LANES pixels of a convolution: its patches are gathered for one panel at a time.
+    """Some panels of LANES pixels of a convolution: patches are gathered for one panel at a time.
 
     Args:
         x: padded planes (images, groups * words, tall, wide) int64 and 8 words more; padding is 0.
@@ -257,51 +320,58 @@ def convolve(
         masked: 1 where a tap outside the image, (height, width) at (top, left), counts nothing.
         words, channels: of one group.
     """
-    pixels, taps, planes = out_h * out_w, kernel_h * kernel_w, (outputs + 63) // 64
-    terms, per_group, area = taps * words, outputs // groups, tall * wide
+    kernel, hole, area = (kernel_h, kernel_w), (hole_h, hole_w), tall * wide
+    pixels, terms, planes, per_group = out_h * out_w, kernel_h * kernel_w * words, (outputs + 63) // 64, outputs // groups
     edge, sense = np.empty(outputs, np.int32), np.empty(outputs, np.int32)
     if form == BITS_OF_ROWS:
         _limits(low, flip, outputs, edge, sense)
+    runs, starts, columns = np.empty((LANES, 5), np.int64), np.empty(LANES, np.int64), np.empty((kernel_w, LANES), np.int64)
     panel, masks = np.zeros(terms * LANES + 8, np.int64), np.zeros((terms, LANES // 8), np.uint8)
-    base, tile = np.full(LANES, taps * channels, np.int32), np.empty((ROWS, LANES), np.float32)
+    base, tile = np.full(LANES, kernel_h * kernel_w * channels, np.int32), np.empty((ROWS, LANES), np.float32)
     bits = np.empty((planes, LANES), np.int64)
-    # A run is a stretch of lanes in one row of the output: first lane, length, image, row, column.
-    runs = np.empty((LANES, 5), np.int64)
-    inside = np.empty((LANES, kernel_w), np.int64)
+    sums = carray(as_pointer(out), (images, outputs, pixels), np.float32)
+    signs = carray(as_pointer(out), (images, planes, pixels), np.int64)
+    row_limits, rows_met = np.empty((kernel_h, 2), np.int64), np.empty(out_h, np.int64)
+    column_limits, columns_met = np.empty((kernel_w, 2), np.int64), np.empty(out_w, np.int64)
+    _limit_taps(height, out_h, kernel_h, stride_h, hole_h, top, row_limits, rows_met)
+    _limit_taps(width, out_w, kernel_w, stride_w, hole_w, left, column_limits, columns_met)
     for number in range(first_panel, last_panel):
-        count, lanes = _runs(number * LANES, images, pixels, out_w, runs)
+        count = _find_runs(number * LANES, images, pixels, out_w, runs)
         if masked:
-            base[:] = 0
-            for run in range(count):
-                start, length, _, _, column = runs[run]
-                for j in range(kernel_w):
-                    shift = left - j * hole_w
-                    begin = max(-(-shift // stride_w) - column, 0)
-                    end = min((width - 1 + shift) // stride_w + 1 - column, length)
-                    inside[run, j] = ((1 << end) - (1 << begin)) << start if end > begin else 0
-            for i in range(kernel_h):
-                for j in range(kernel_w):
-                    seen = np.int64(0)
-                    for run in range(count):
-                        row = runs[run, 3] * stride_h - top + i * hole_h
-                        if 0 <= row < height:
-                            seen |= inside[run, j]
-                    for lane in range(LANES):
-                        base[lane] += np.int32((seen >> lane) & 1) * np.int32(channels)
-                    for word in range(words):
-                        for vector in range(LANES // 8):
-                            masks[(i * kernel_w + j) * words + word, vector] = (seen >> (8 * vector)) & 255
-        bits[:] = 0
-        whole = lanes == LANES and runs[0, 2] == runs[count - 1, 2]
+            _mask(
+                runs, count, words, channels, row_limits, column_limits, rows_met, columns_met, columns, base, masks
+            )
+        last = count - 1
+        whole = runs[last, 0] + runs[last, 1] == LANES and runs[last, 2] == runs[0, 2]
+        if form == BITS_OF_ROWS:
+            bits[:] = 0
         for group in range(groups):
             for run in range(count):
-                start, length, image, row, column = runs[run]
-                corner = (image * groups + group) * words * area + row * stride_h * wide + column * stride_w
-                to = panel.ctypes.data + 8 * start
-                for i in range(kernel_h):
-                    for j in range(kernel_w):
-                        source = x + 8 * (corner + i * hole_h * wide + j * hole_w)
-                        for word in range(words):
-                            place, line = to + 8 * ((i * kernel_w + j) * words + word) * LANES, source + 8 * word * area
-                            _gather(place, line, length, stride_w)
-            ...
+                plane = (runs[run, 2] * groups + group) * words
+                starts[run] = plane * area + runs[run, 3] * stride_h * wide + runs[run, 4] * stride_w
+            _gather(x, starts, runs, count, words, area, wide, kernel, stride_w, hole, panel.ctypes.data)
+            row, end = group * per_group, (group + 1) * per_group
+            while row < end:
+                rows = ROWS if row + ROWS <= end and (form == FLOATS or row % 64 + ROWS <= 64) else 1
+                if form == BITS_OF_ROWS:
+                    to, step = bits.ctypes.data + 8 * (row // 64) * LANES, 0
+                elif whole:
+                    first = (runs[0, 2] * outputs + row) * pixels + runs[0, 3] * out_w + runs[0, 4]
+                    to, step = out + 4 * first, 4 * pixels
+                else:
+                    to, step = tile.ctypes.data, 4 * LANES
+                _product(
+                    rows, form, masked, weight + 8 * row * terms, panel.ctypes.data, masks.ctypes.data, terms,
+                    base.ctypes.data, edge.ctypes.data + 4 * row, sense.ctypes.data + 4 * row, to, step, row % 64,
+                )  # fmt: skip
+                if form == FLOATS and not whole:
+                    for run in range(count):
+                        lane, length, image = runs[run, 0], runs[run, 1], runs[run, 2]
+                        first = runs[run, 3] * out_w + runs[run, 4]
+                        sums[image, row : row + rows, first : first + length] = tile[:rows, lane : lane + length]
+                row += rows
+        if form == BITS_OF_ROWS:
+            for run in range(count):
+                lane, length, image = runs[run, 0], runs[run, 1], runs[run, 2]
+                first = runs[run, 3] * out_w + runs[run, 4]
+                signs[image, :, first : first + length] = bits[:, lane : lane + length]

@@ -53,8 +53,9 @@ def unpack_signs(words: Tensor, k: int) -> Tensor:
     """
     _check_words("unpack_signs", words, words.dim() - 1, k)
     places = torch.arange(8, dtype=torch.uint8, device=words.device)
-    negative = words.contiguous().view(torch.uint8).unsqueeze(-1) >> places & 1
-    return _signs(negative.flatten(-2)[..., :k])
+    octets = words.reshape(-1).view(torch.uint8)
+    negative = (octets[:, None] >> places & 1).reshape(*words.shape[:-1], words.shape[-1] * WORD)
+    return 1 - 2 * negative[..., :k].to(torch.int8)
 
 
 def pack_images(x: Tensor, groups: int = 1) -> Tensor:
@@ -164,19 +165,17 @@ def _and_along(x: Tensor, axis: int, size: int, step: int, side: int, hole: int,
 def _packed(negative: Tensor) -> Tensor:
     """(..., K) bool to (..., ceil(K / 64)) int64."""
     length = negative.shape[-1]
-    padded = F.pad(negative.to(torch.uint8), (0, words_of(length) * WORD - length)).contiguous()
-    bits = (padded.view(torch.int64) * _GATHER) >> 56
-    return bits.to(torch.uint8).view(torch.int64)
+    size = (*negative.shape[:-1], words_of(length))
+    padded = F.pad(negative.to(torch.uint8), (0, size[-1] * WORD - length))
+    # Flat, as a view of other width asks: a contiguous axis of one element may have any stride.
+    eights = padded.reshape(-1).view(torch.int64)
+    return ((eights * _GATHER) >> 56).to(torch.uint8).view(torch.int64).reshape(size)
 
 
 def _packed_channels(negative: Tensor, groups: int) -> Tensor:
     """(N, C, H, W) bool to planes."""
     grouped = negative.unflatten(1, (groups, -1)).permute(0, 3, 4, 1, 2)
     return _packed(grouped).flatten(-2).permute(0, 3, 1, 2).contiguous()
-
-
-def _signs(negative: Tensor) -> Tensor:
-    return 1 - 2 * negative.to(torch.int8)
 
 
 def _check_words(name: str, words: Tensor, axis: int, k: int) -> None:

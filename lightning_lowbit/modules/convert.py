@@ -58,7 +58,7 @@ class Report:
     findings: list[str] = field(default_factory=list)  # what will train badly under this scheme, and the way out
 
     def __str__(self) -> str:
-        """One line: how many layers are low-bit, and what is not, by name."""
+        """One line: how many layers are low-bit, and what is not, by name; one more for each finding."""
         total = len(self.layers) + len(self.skipped)
         skipped = [f"{path} ({reason})" for path, reason in self.skipped.items()]
         natural = [f"{name} ({len(paths)})" for name, paths in self.float_by_nature.items()]
@@ -66,7 +66,7 @@ class Report:
         for title, items in (("skipped", skipped), ("float by nature", natural), ("not followed", self.uncovered)):
             if items:
                 parts.append(f"{title}: {', '.join(items)}")
-        return "; ".join(parts)
+        return "\n".join(["; ".join(parts), *(f"  - {finding}" for finding in self.findings)])
 
     def spec(self) -> dict[str, Any]:
         """Plain types: sites as {key: role}, ties as lists of keys."""

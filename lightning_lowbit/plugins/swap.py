@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_lowbit.errors import ConfigError
@@ -58,9 +59,14 @@ def swap(module: nn.Module, scheme: Scheme, by_name: bool, selection: Selection,
             revert(module)
     if not is_converted(module):
         scheme = scheme.adapted_to(module, pretrained)
-        convert_module(module, scheme, selection)
+        _warn(convert_module(module, scheme, selection).findings)
     switch_of(module).managed = True
     return scheme
+
+
+def _warn(findings: list[str]) -> None:
+    if findings:
+        rank_zero_warn("this network will train badly as it is:\n" + "\n".join(f"  - {finding}" for finding in findings))
 
 
 def _late_layers(module: nn.Module, selection: Selection) -> bool:

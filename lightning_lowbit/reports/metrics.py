@@ -98,8 +98,8 @@ class OutsideShare(Share):
 class FlipRatio(Share):
     """Share of weights whose sign changes in a step.
 
-    Healthy from 1e-4 to 1e-2, falling with the learning rate (Helwegen et al., NeurIPS 2019, sec. 5, watch its
-    logarithm). Signs are those of a binary network: x < 0 is negative, zero and NaN are not.
+    Healthy from 1e-4 to 1e-2, falling with the learning rate; Helwegen et al. (arXiv:1906.02107) plot its logarithm.
+    Signs are those of a binary network: x < 0 is negative, zero and NaN are not.
 
     >>> flips = FlipRatio()
     >>> flips(torch.tensor([1.0, -1.0, 0.0, 2.0]), torch.tensor([1.0, 1.0, -0.0, -2.0]))

@@ -93,6 +93,7 @@ def summarize(module: nn.Module, tally: Tally | None = None) -> Summary:
         kinds = ", ".join(f"{name} ({len(paths)})" for name, paths in conversion.float_by_nature.items())
         report.notes.append(f"float by nature: {kinds}")
     report.notes += [f"not followed: {note}" for note in conversion.uncovered]
+    report.notes += [f"trains badly: {finding}" for finding in conversion.findings]
     report.notes += claims(module, report)
     return report
 

@@ -189,6 +189,7 @@ def test_looking_through_what_keeps_signs() -> None:
         fix = REPLACE if isinstance(module, (nn.Identity, nn.ZeroPad2d)) else REWRITE
         assert lint(net, "b") == [f"m0: {ONE_SIGN}; {fix}"], module
     assert lint(between(nn.ReLU(), nn.BatchNorm2d(4)), "b") == []
+    assert lint(between(nn.ReLU(), nn.LogSigmoid()), "b") == []
     dropped = lint(between(nn.ReLU(), nn.Dropout(0.1), nn.MaxPool2d(2)), "b")
     assert [line.split(":")[0] for line in dropped] == ["m0", "m1", "m2"]
     assert dropped[0] == f"m0: {ONE_SIGN}; {REPLACE}"
@@ -217,6 +218,8 @@ def test_looking_through_what_keeps_signs() -> None:
         (torch.tanh, None),
         (lambda x: F.relu(x) - 0.5, None),
         (lambda x: F.relu(x) + x, None),
+        (lambda x: F.relu(x) + -0.5, None),
+        (lambda x: torch.add(x.relu(), x.relu(), alpha=-1), None),
         (lambda x: 0.5 * x, None),
     ],
     ids=lambda value: "" if callable(value) else "silent" if value is None else value.split(":")[0],
@@ -251,6 +254,25 @@ def test_one_branch_of_a_concat() -> None:
 
     assert lint(Cat(False), "b") == [f"relu: {ONE_SIGN}; {REWRITE}"]
     assert lint(Cat(True), "b") == []
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.1), nn.MaxPool2d(1)], ids=["dropout", "max_pool"])
+def test_a_concat_passes_every_branch_on(layer: nn.Module) -> None:
+    """Dropout and pool of one branch reach the sign; sums of another one reach it without a norm."""
+
+    class Cat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm, self.m, self.b = conv(), nn.BatchNorm2d(4), layer, conv(8)
+            self.bn, self.end = nn.BatchNorm2d(4), conv()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            y: Tensor = self.end(self.bn(self.b(torch.cat([x, self.m(self.norm(x))], 1))))
+            return y
+
+    expected = dropped("m", "b") if isinstance(layer, nn.Dropout) else skewed("m", "b")
+    assert lint(Cat(), "a", "b") == [spread("a", 36), expected]
 
 
 class Forks(nn.Module):
@@ -288,6 +310,24 @@ def test_what_stands_there_now_counts() -> None:
     net = between(nn.ReLU())
     flow = follow(net)
     net.m0 = nn.Hardtanh()
+    assert binary_findings(net, flow, {"b"}) == []
+
+    class Alias(nn.Module):
+        """A rectifier of two names, called by the second."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = self.relu = nn.ReLU()
+            self.b, self.bn = conv(), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.bn(self.b(self.relu(x)))
+            return y
+
+    net = Alias()
+    flow = follow(net)
+    assert [finding.path for finding in binary_findings(net, flow, {"b"})] == ["unused"]
+    net.relu = nn.Hardtanh()
     assert binary_findings(net, flow, {"b"}) == []
 
 
@@ -385,6 +425,20 @@ def test_every_normalization_will_do(norm: nn.Module) -> None:
     assert lint(chain(b=conv(), pool=nn.MaxPool2d(2), drop=nn.Dropout(), norm=norm, end=conv()), "b") == []
 
 
+def test_other_code_that_multiplies() -> None:
+    class Net(nn.Module):
+        def __init__(self, rnn: bool) -> None:
+            super().__init__()
+            self.b, self.rnn, self.norm = nn.Linear(6, 6), nn.RNN(6, 6) if rnn else None, nn.LayerNorm(6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.b(x)
+            y: Tensor = self.norm(x @ x.T if self.rnn is None else self.rnn(x)[0])
+            return y
+
+    assert lint(Net(False), "b") == lint(Net(True), "b") == [spread("b", 6, "nn.BatchNorm1d")]
+
+
 def test_functional_norms() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -429,8 +483,18 @@ def test_code_that_is_not_known_gives_nothing() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x / x.std() if x.sum() > 0 else x
 
+    class Exits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.b = conv()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.b(x)
+            return x, x / x.std()
+
     for norm in (Own(), Blind()):
         assert lint(chain(b=conv(), norm=norm, end=conv()), "b") == []
+    assert lint(Exits(), "b") == []
 
     class Outside(nn.Module):
         """What becomes of the parts' results is decided by a forward that cannot be followed."""
@@ -469,16 +533,17 @@ def test_a_bias_before_a_batch_norm() -> None:
 
 def test_a_bias_that_something_else_reads() -> None:
     class Net(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, leaves: bool) -> None:
             super().__init__()
             self.b, self.bn, self.end = conv(bias=True), nn.BatchNorm2d(4), conv()
+            self.leaves = leaves
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             x = self.b(x)
-            y: Tensor = self.end(self.bn(x) + x)
-            return y
+            y = self.bn(x)
+            return self.end(y if self.leaves else y + x), x if self.leaves else y
 
-    assert lint(Net(), "b") == []
+    assert lint(Net(True), "b") == lint(Net(False), "b") == []
 
 
 def dropped(path: str, layer: str) -> str:
