@@ -241,7 +241,7 @@ def _row(metrics: dict[str, Metric]) -> dict[str, float]:
 def _cell(name: str, value: float | None) -> str:
     if value is None:
         return ""
-    if name == "nan":
+    if name == "nan" or value == 0:
         return f"{value:.0f}"
     return f"{value:.1e}" if name == "flips" else f"{100 * value:.2f} %"
 

@@ -55,30 +55,36 @@ class Bits(Tensor):
 
     Attributes:
         words: int64 planes (N, words, H, W) of images, (N, words, 1, L) of signals, rows (M, words) of features.
-        flip: of the layer that made them, bool per channel: larger sums give -1.
+        turned: of the layer that made them, bool per channel: larger sums give -1.
         fold: the operations that its thresholds stand for; ``done`` of them have run.
         channels_last: whether the tensor in their place would lie in memory so.
     """
 
     words: Tensor
-    flip: Tensor
+    turned: Tensor
     fold: Fold
     done: int
     channels_last: bool
 
     @staticmethod
     def __new__(
-        cls, words: Tensor, shape: Iterable[int], flip: Tensor, fold: Fold, done: int = 0, channels_last: bool = False
+        cls, words: Tensor, shape: Iterable[int], turned: Tensor, fold: Fold, done: int = 0, channels_last: bool = False
     ) -> Bits:
         made: Bits = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=torch.float32, device=words.device)
         return made
 
     def __init__(
-        self, words: Tensor, shape: Iterable[int], flip: Tensor, fold: Fold, done: int = 0, channels_last: bool = False
+        self,
+        words: Tensor,
+        shape: Iterable[int],
+        turned: Tensor,
+        fold: Fold,
+        done: int = 0,
+        channels_last: bool = False,
     ) -> None:
-        self.words, self.flip, self.fold, self.done, self.channels_last = words, flip, fold, done, channels_last
+        self.words, self.turned, self.fold, self.done, self.channels_last = words, turned, fold, done, channels_last
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch's has another form
         return f"Bits({tuple(self.shape)} of {self.fold.path}, {self.done} of {len(self.fold.steps)} steps done)"
 
     def passed(self, step: Step) -> Bits:
@@ -93,7 +99,7 @@ class Bits(Tensor):
         return self.words
 
     def _next(self, words: Tensor, shape: Iterable[int]) -> Bits:
-        return Bits(words, shape, self.flip, self.fold, self.done + 1, self.channels_last)
+        return Bits(words, shape, self.turned, self.fold, self.done + 1, self.channels_last)
 
     def _expect(self, step: Step) -> None:
         if self.done == len(self.fold.steps) or self.fold.steps[self.done] != step:
@@ -101,10 +107,10 @@ class Bits(Tensor):
 
     def _pooled(self, step: Step) -> Bits:
         kernel, stride, padding, dilation, ceil_mode = step.settings
-        turning = self.flip if self.fold.norm > self.done else torch.zeros_like(self.flip)
+        turned = self.turned if self.fold.norm > self.done else torch.zeros_like(self.turned)
         if self.dim() == 3:  # of signals: one row each
             kernel, stride, dilation, padding = (1, kernel), (1, stride), (1, dilation), (0, padding)
-        words = pool_signs(self.words, turning, kernel, stride, padding, dilation, ceil_mode)
+        words = pool_signs(self.words, turned, kernel, stride, padding, dilation, ceil_mode)
         size = words.shape[3:] if self.dim() == 3 else words.shape[2:]
         return self._next(words, (*self.shape[:2], *size))
 
@@ -130,32 +136,37 @@ class Bits(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func in _LOOKS:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        name = _name(func)
-        bits = args[0] if args else kwargs.get("input")
-        step = step_of(name, args[1:], kwargs) if isinstance(bits, Bits) else None
-        if step is None or not isinstance(bits, Bits):
-            raise next(x for x in (*args, *kwargs.values(), *_inside(args)) if isinstance(x, Bits))._refused(name)
-        bits._expect(step)
-        if step.name in ("max_pool1d", "max_pool2d"):
-            return bits._pooled(step)
-        if step.name == "view":
-            with torch._C.DisableTorchFunctionSubclass():
-                shape = func(torch.empty(bits.shape, device="meta"), *args[1:], **_without_input(kwargs)).shape
-            return bits._viewed(name, tuple(shape))
-        passed = bits.passed(step)
-        if name == "contiguous" and "memory_format" not in kwargs:
-            passed.channels_last = False
-        return passed
+        return _act(func, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch's stub has no defaults
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         raise next(x for x in (*args, *_inside(args)) if isinstance(x, Bits))._refused(str(func))
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # words are nothing to compile
+def _act(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a function of torch does to signs."""
+    if func in _LOOKS:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+    name = _name(func)
+    bits = args[0] if args else kwargs.get("input")
+    step = step_of(name, args[1:], kwargs) if isinstance(bits, Bits) else None
+    if step is None or not isinstance(bits, Bits):
+        raise next(x for x in (*args, *kwargs.values(), *_inside(args)) if isinstance(x, Bits))._refused(name)
+    bits._expect(step)
+    if step.name in ("max_pool1d", "max_pool2d"):
+        return bits._pooled(step)
+    if step.name == "view":
+        with torch._C.DisableTorchFunctionSubclass():
+            shape = func(torch.empty(bits.shape, device="meta"), *args[1:], **_without_input(kwargs)).shape
+        return bits._viewed(name, tuple(shape))
+    passed = bits.passed(step)
+    if name == "contiguous" and "memory_format" not in kwargs:
+        passed.channels_last = False
+    return passed
 
 
 # What only looks at a tensor's description.
@@ -188,8 +199,8 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "same": {},
 }  # fmt: skip
 _ALIASES = {
-    "clip": "clamp", "dropout1d": "dropout", "dropout2d": "dropout", "dropout3d": "dropout", "feature_dropout": "dropout",
-    "flatten": "view", "reshape": "view", "contiguous": "same", "float": "same", "clone": "same", "detach": "same",
+    "clip": "clamp", "dropout1d": "dropout", "dropout2d": "dropout", "dropout3d": "dropout", "flatten": "view",
+ "reshape": "view", "contiguous": "same", "float": "same", "clone": "same", "detach": "same",
 }  # fmt: skip
 
 
@@ -204,7 +215,11 @@ def step_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step | 
     settings = _SETTINGS.get(name)
     if settings is None:
         return None
-    given = {**settings, **dict(zip(settings, args, strict=False)), **{k: v for k, v in kwargs.items() if k in settings}}
+    given = {
+        **settings,
+        **dict(zip(settings, args, strict=False)),
+        **{k: v for k, v in kwargs.items() if k in settings},
+    }
     if name == "dropout":
         return None if given["training"] else Step(name)
     if name in ("max_pool1d", "max_pool2d"):

@@ -14,7 +14,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from lightning_lowbit.export.bits import Fold, Step, step_of
 from lightning_lowbit.graph.network import Call, Flow
 from lightning_lowbit.graph.rewrite import TracedForward
-from lightning_lowbit.kernels.words import WORD
+from lightning_lowbit.kernels.popcount import WORD
 from lightning_lowbit.modules.binary import Rectifier
 from lightning_lowbit.modules.binary_layers import finished
 from lightning_lowbit.modules.elementwise import LowBitReLU
@@ -173,15 +173,15 @@ class _Finder:
         self._step(chain, call, step, module)
 
     def _function(self, chain: Chain, call: Call) -> None:
-        target = call.target
-        name = target if isinstance(target, str) else str(getattr(target, "__name__", ""))
-        step = step_of(name, call.args[1:], call.kwargs)
+        function = _Elementwise(call.target, call.args[1:], dict(call.kwargs))
+        name = function.name
+        step = step_of(name, function.args, function.kwargs)
         if step is not None and step.name == "view":
             if not _flattens(name.rstrip("_"), call.args, call.kwargs):
                 raise _Refusal(f"{call.name} does not flatten to one row a sample")
-        elif step is not None and (step.name == "prelu" or _nodes((call.args[1:], call.kwargs))):
+        elif step is not None and (step.name == "prelu" or _nodes((function.args, function.kwargs))):
             step = None  # it reads other tensors, or numbers that change
-        self._step(chain, call, step, _Elementwise(target, call.args[1:], dict(call.kwargs)))
+        self._step(chain, call, step, function)
 
     def _step(self, chain: Chain, call: Call, step: Step | None, function: Callable[[Tensor], Tensor]) -> None:
         if step is None:
@@ -247,6 +247,10 @@ class _Elementwise:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
+    @property
+    def name(self) -> str:
+        return self.target if isinstance(self.target, str) else str(getattr(self.target, "__name__", ""))
+
     def __call__(self, x: Tensor) -> Tensor:
         function = getattr(type(x), self.target) if isinstance(self.target, str) else self.target
         result: Tensor = function(x, *self.args, **self.kwargs)
@@ -272,36 +276,35 @@ def _nodes(structure: Any) -> bool:
 def not_monotone(root: nn.Module, chain: Chain) -> str | None:
     """Why the next sign is no monotone function of a sum, given the present parameters; None where it is."""
     for function in chain.functions:
-        module: Any = getattr(function, "lowbit_output", None) if isinstance(function, LowBitReLU) else function
-        slope = None
-        if isinstance(module, LowBitBatchNorm):
-            norm = affine_parameters(
-                module.running_mean, module.running_var, module.weight, module.bias, module.eps
-            )
-            if not all(bool(torch.isfinite(tensor).all()) for tensor in norm):
-                return f"{module.path} has parameters that are not finite"
-        elif isinstance(module, Rectifier):
-            slope = module.slope
-        elif isinstance(module, nn.PReLU):
-            slope = module.weight
-        elif isinstance(module, nn.LeakyReLU):
-            slope = torch.tensor(module.negative_slope)
-        elif isinstance(module, _Elementwise) and "leaky_relu" in str(getattr(module.target, "__name__", "")):
-            slope = torch.tensor(_slope(module))
+        if isinstance(function, LowBitBatchNorm):
+            norm: Any = function
+            values = affine_parameters(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+            if not all(bool(torch.isfinite(value).all()) for value in values):
+                return f"{norm.path} has parameters that are not finite"
+        slope = _slope(function)
         if slope is not None and not bool(((slope >= 0) & torch.isfinite(slope)).all()):
-            return f"{chain.producer} is followed by a slope below 0"
+            return "a slope behind it is negative"
     layer: Any = root.get_submodule(chain.producer)
     tensors = [layer.weight, *([] if layer.bias is None else [layer.bias])]
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
-        return f"{chain.producer} has parameters that are not finite"
+        return "its parameters are not finite"
     return None
 
 
-def _slope(call: _Elementwise) -> float:
-    """The slope of a leaky rectifier."""
-    step = step_of("leaky_relu", call.args, call.kwargs)
-    assert step is not None
-    return float(step.settings[0])
+def _slope(function: Any) -> Tensor | None:
+    """Of what a rectifier does to negative values; None where it has no slope."""
+    rectifier = function.lowbit_output if isinstance(function, LowBitReLU) else function
+    found: Tensor | None = None
+    if isinstance(rectifier, Rectifier):
+        found = rectifier.slope
+    elif isinstance(rectifier, nn.PReLU):
+        found = rectifier.weight
+    elif isinstance(rectifier, nn.LeakyReLU):
+        found = torch.tensor(rectifier.negative_slope)
+    elif isinstance(rectifier, _Elementwise):
+        step = step_of(rectifier.name, rectifier.args, rectifier.kwargs)
+        found = torch.tensor(step.settings[0]) if step is not None and step.name == "leaky_relu" else None
+    return found
 
 
 @torch.no_grad()

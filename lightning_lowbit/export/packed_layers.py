@@ -12,15 +12,22 @@ from lightning_lowbit import kernels
 from lightning_lowbit.errors import ConfigError, InvariantError, UnsupportedModelError
 from lightning_lowbit.export.bits import Bits, Fold, Step
 from lightning_lowbit.graph.ops import Kind
-from lightning_lowbit.kernels.binary import BinaryWeight, pack_images, pack_signs, weight_words, xnor_conv2d, xnor_linear
-from lightning_lowbit.kernels.words import WORD, words_of
+from lightning_lowbit.kernels.binary import (
+    BinaryWeight,
+    pack_images,
+    pack_signs,
+    weight_words,
+    xnor_conv2d,
+    xnor_linear,
+)
+from lightning_lowbit.kernels.popcount import WORD
 from lightning_lowbit.modules.binary import along
 from lightning_lowbit.modules.binary_layers import finished, padding_of
 from lightning_lowbit.numerics.affine import affine
 from lightning_lowbit.numerics.exponent import pow2
 from lightning_lowbit.numerics.ste import fake_quantize
 
-__all__ = ["Passed", "Packed", "PackedConv", "PackedEnd", "PackedLinear", "PackedNorm", "linear_words"]
+__all__ = ["Packed", "PackedConv", "PackedEnd", "PackedLinear", "PackedNorm", "Passed", "linear_words"]
 
 
 class Packed(nn.Module):
@@ -92,7 +99,7 @@ class _PackedBinary(Packed):
 
     def shifted(self, x: Tensor) -> Tensor:
         x = x if x.dtype == torch.float64 else x.float()
-        return x if self.shift is None else x + along(self.shift, x, self.site)  # type: ignore[arg-type]
+        return x if self.shift is None else x + along(self.shift, x, self.site)
 
     def threshold(self, spare: int = 0) -> tuple[Tensor, Tensor] | None:
         if self.low is None or self.flip is None:
@@ -156,7 +163,7 @@ class PackedLinear(_PackedBinary):
         x = self.shifted(x).reshape(-1, self.terms)
         if not self.pixels:
             return pack_signs(x)
-        return pack_images(x.reshape(len(x), -1, self.pixels, 1)).flatten(1)
+        return pack_images(x.reshape(len(x), self.terms // self.pixels, self.pixels, 1)).flatten(1)
 
     def spec(self) -> dict[str, Any]:
         return {**super().spec(), "pixels": self.pixels}
@@ -302,11 +309,6 @@ def linear_words(weight: Tensor, pixels: int) -> Tensor:
     if not pixels:
         return weight_words(weight)
     return pack_images(weight.reshape(len(weight), -1, pixels, 1)).flatten(1)
-
-
-def words_held(channels: int, pixels: int) -> int:
-    """Words of flattened planes."""
-    return words_of(channels) * pixels
 
 
 def _channels_last(x: Tensor) -> bool:

@@ -20,7 +20,7 @@ from lightning_lowbit.errors import ConfigError, nearest
 from lightning_lowbit.kernels import cpu, cuda, ledger, reference, simulate
 from lightning_lowbit.kernels.geometry import Geometry, geometry
 
-__all__ = ["BACKENDS", "ENVIRONMENT", "Backend", "choose", "use"]
+__all__ = ["BACKENDS", "ENVIRONMENT", "Backend", "asked", "choose", "use"]
 
 ENVIRONMENT = "LIGHTNING_LOWBIT_BACKEND"
 
@@ -70,12 +70,17 @@ def use(backend: str) -> Iterator[None]:
 
 def choose(device: str, backend: str | None = None) -> Backend:
     """The backend for tensors of a device type: argument, else innermost `use`, else environment, else the fastest."""
-    name = backend or (_used[-1] if _used else os.environ.get(ENVIRONMENT, "auto"))
+    name = backend or asked()
     try:
         return _choices[name, device]
     except KeyError:
         where = "backend=" if backend else "use()" if _used else ENVIRONMENT
         return _choices.setdefault((name, device), _resolve(name, device, where))
+
+
+def asked() -> str:
+    """The backend that the innermost `use`, else the environment, names; else "auto"."""
+    return _used[-1] if _used else os.environ.get(ENVIRONMENT, "auto")
 
 
 def _check_name(name: str, where: str) -> None:

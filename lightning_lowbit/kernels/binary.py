@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lowbit.errors import ConfigError
+from lightning_lowbit.kernels import popcount
 from lightning_lowbit.kernels.backends import choose
 from lightning_lowbit.kernels.geometry import Geometry, Padding, Size, geometry
+from lightning_lowbit.kernels.popcount import Threshold, words_of
 from lightning_lowbit.kernels.words import (
     pack_images,
     pack_signs,
@@ -21,16 +23,12 @@ from lightning_lowbit.kernels.words import (
     unpack_images,
     unpack_signs,
     weight_words,
-    words_of,
 )
 
 __all__ = [
     "BinaryWeight", "Threshold", "pack_images", "pack_signs", "pool_signs", "regroup_images", "unpack_images",
     "unpack_signs", "weight_words", "xnor_conv2d", "xnor_linear", "xnor_matmul",
 ]  # fmt: skip
-
-Threshold = tuple[Tensor, Tensor]
-"""low int32 (O,) and flip bool (O,): the next value is +1 iff (dot >= low) != flip."""
 
 _FLOAT_TERMS = 2**24
 
@@ -56,6 +54,7 @@ class BinaryWeight:
         self.words = words.contiguous()
         self.terms = terms
         self._values: Tensor | None = None
+        self._panels: Tensor | None = None
 
     @property
     def outputs(self) -> int:
@@ -75,7 +74,14 @@ class BinaryWeight:
             self._values = values if values.dim() == 2 else values.permute(0, 3, 1, 2)
         return self._values
 
+    def panels(self) -> Tensor:
+        """The words of a linear layer as `popcount.matmul` reads them."""
+        if self._panels is None:
+            self._panels = popcount.panels_of(self.words)
+        return self._panels
 
+
+@popcount.uncompiled
 def xnor_matmul(a: Tensor, b: Tensor, k: int) -> Tensor:
     """The product of two matrices of signs: a times b transposed.
 
@@ -101,9 +107,12 @@ def xnor_matmul(a: Tensor, b: Tensor, k: int) -> Tensor:
                 f"xnor_matmul: got {_said(a)} and {_said(b)} for k = {k}, expected int64 (M, {words_of(k)}) and "
                 f"(N, {words_of(k)})"
             )
+    if popcount.exact(a.device.type) and len(a) and len(b):
+        return popcount.matmul(a.contiguous(), popcount.panels_of(b.contiguous()), len(b), k, torch.int32)
     return _matmul(unpack_signs(a, k), unpack_signs(b, k))
 
 
+@popcount.uncompiled
 def xnor_linear(x_words: Tensor, weight: BinaryWeight, threshold: Threshold | None = None) -> Tensor:
     """A linear layer of signs.
 
@@ -124,7 +133,10 @@ def xnor_linear(x_words: Tensor, weight: BinaryWeight, threshold: Threshold | No
             f"(M, {words_of(weight.terms)}) and a weight (O, K)"
         )
     _check_terms("xnor_linear", weight.terms)
-    _check_threshold("xnor_linear", weight.outputs, threshold)
+    threshold = _checked("xnor_linear", weight.outputs, threshold)
+    if popcount.exact(x_words.device.type) and len(x_words) and weight.outputs:
+        panels = weight.panels()
+        return popcount.matmul(x_words.contiguous(), panels, weight.outputs, weight.terms, torch.float32, threshold)
     dot = _matmul(unpack_signs(x_words, weight.terms), weight.values())
     if threshold is None:
         return dot.to(torch.float32)
@@ -132,6 +144,7 @@ def xnor_linear(x_words: Tensor, weight: BinaryWeight, threshold: Threshold | No
     return pack_signs(_signs(dot, low, flip))
 
 
+@popcount.uncompiled
 def xnor_conv2d(
     x_words: Tensor, weight: BinaryWeight, *, stride: Size = 1, padding: Padding = 0, dilation: Size = 1,
     groups: int = 1, pad_value: int = 0, threshold: Threshold | None = None,
@@ -165,7 +178,9 @@ def xnor_conv2d(
     batch, _, *size = x_words.shape
     geo = geometry((batch, groups * weight.terms, *size), weight.size, stride, padding, dilation, groups)
     _check_terms("xnor_conv2d", geo.forward_terms)
-    _check_threshold("xnor_conv2d", weight.outputs, threshold)
+    threshold = _checked("xnor_conv2d", weight.outputs, threshold)
+    if popcount.exact(x_words.device.type) and 0 not in geo.output_size:
+        return popcount.conv2d(x_words, weight.words, geo, pad_value, threshold)
     dot = _conv2d(unpack_images(x_words, geo.channels, groups), weight.values(), geo, pad_value)
     if threshold is None:
         return dot.to(torch.float32).contiguous()
@@ -199,14 +214,15 @@ def _check_terms(name: str, terms: int) -> None:
         raise ConfigError(f"{name}: dots of {terms} terms are not exact in float32, which holds {_FLOAT_TERMS}")
 
 
-def _check_threshold(name: str, outputs: int, threshold: Threshold | None) -> None:
+def _checked(name: str, outputs: int, threshold: Threshold | None) -> Threshold | None:
     if threshold is None:
-        return
+        return None
     low, flip = threshold
     if low.dtype != torch.int32 or flip.dtype != torch.bool or low.shape != (outputs,) or flip.shape != (outputs,):
         raise ConfigError(
             f"{name}: got thresholds {_said(low)} and {_said(flip)}, expected int32 ({outputs},) and bool ({outputs},)"
         )
+    return low.contiguous(), flip.contiguous()
 
 
 def _said(x: Tensor) -> str:

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import carray, njit, types
+from numba import njit, types
+from numba.np.numpy_support import carray
 
 from lightning_lowbit.kernels.microkernel import (
     BITS_OF_LANES,
@@ -243,7 +244,7 @@ def _find_runs(first: int, images: int, pixels: int, out_w: int, runs: Any) -> A
 
 @_inner
 def _limit_taps(length: int, out: int, taps: int, stride: int, hole: int, before: int, limits: Any, met: Any) -> None:
-    """Along one axis: the first and the last + 1 output that meets the image at each tap, and the taps of each output."""
+    """Along one axis: the outputs, first and last + 1, that meet the image at each tap, and each output's taps."""
     met[:] = 0
     for tap in range(taps):
         shift = before - tap * hole
@@ -321,11 +322,20 @@ def convolve(
         words, channels: of one group.
     """
     kernel, hole, area = (kernel_h, kernel_w), (hole_h, hole_w), tall * wide
-    pixels, terms, planes, per_group = out_h * out_w, kernel_h * kernel_w * words, (outputs + 63) // 64, outputs // groups
+    pixels, terms, planes, per_group = (
+        out_h * out_w,
+        kernel_h * kernel_w * words,
+        (outputs + 63) // 64,
+        outputs // groups,
+    )
     edge, sense = np.empty(outputs, np.int32), np.empty(outputs, np.int32)
     if form == BITS_OF_ROWS:
         _limits(low, flip, outputs, edge, sense)
-    runs, starts, columns = np.empty((LANES, 5), np.int64), np.empty(LANES, np.int64), np.empty((kernel_w, LANES), np.int64)
+    runs, starts, columns = (
+        np.empty((LANES, 5), np.int64),
+        np.empty(LANES, np.int64),
+        np.empty((kernel_w, LANES), np.int64),
+    )
     panel, masks = np.zeros(terms * LANES + 8, np.int64), np.zeros((terms, LANES // 8), np.uint8)
     base, tile = np.full(LANES, kernel_h * kernel_w * channels, np.int32), np.empty((ROWS, LANES), np.float32)
     bits = np.empty((planes, LANES), np.int64)
@@ -338,9 +348,7 @@ def convolve(
     for number in range(first_panel, last_panel):
         count = _find_runs(number * LANES, images, pixels, out_w, runs)
         if masked:
-            _mask(
-                runs, count, words, channels, row_limits, column_limits, rows_met, columns_met, columns, base, masks
-            )
+            _mask(runs, count, words, channels, row_limits, column_limits, rows_met, columns_met, columns, base, masks)
         last = count - 1
         whole = runs[last, 0] + runs[last, 1] == LANES and runs[last, 2] == runs[0, 2]
         if form == BITS_OF_ROWS:

@@ -11,16 +11,28 @@ a threshold.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from numba import types
-from numba.core.cgutils import ir
 from numba.extending import intrinsic
 
 __all__ = [
-    "BITS_OF_LANES", "BITS_OF_ROWS", "FLOATS", "INTS", "LANES", "ROWS", "add_signs", "as_pointer", "copy_vector",
-    "micro_kernel", "signs_of_64", "signs_of_8",
-]  # fmt: skip
+    "BITS_OF_LANES",
+    "BITS_OF_ROWS",
+    "FLOATS",
+    "INTS",
+    "LANES",
+    "ROWS",
+    "add_signs",
+    "as_pointer",
+    "copy_vector",
+    "micro_kernel",
+    "signs_of_8",
+    "signs_of_64",
+]
+
+ir = import_module("llvmlite.ir")  # by name: it ships no types, and comes with numba
 
 ROWS = 8
 LANES = 16
@@ -112,7 +124,8 @@ def micro_kernel(rows: int, masked: bool, form: int) -> Any:
     words: how many.
     base: (LANES,) int32, the dot of a lane whose bits all agree.
     edge, sense: int32 thresholds of the lanes or of the rows, negative iff (dot ^ sense) < edge.
-    out, step: where the first row is stored, and between rows. Bits of rows are added to (LANES,) int64 from ``bit`` on.
+    out, step: where the first row is stored, and between rows.
+    bit: of (LANES,) int64 words at ``out``, the one to which the first row's sign is added.
     """
     vectors = LANES // _WIDTH
 
@@ -189,5 +202,7 @@ def micro_kernel(rows: int, masked: bool, form: int) -> Any:
     return intrinsic(typed)
 
 
-as_pointer, copy_vector, add_signs = intrinsic(_as_pointer), intrinsic(_copy_vector), intrinsic(_add_signs)
+as_pointer: Any = intrinsic(_as_pointer)
+copy_vector: Any = intrinsic(_copy_vector)
+add_signs: Any = intrinsic(_add_signs)
 signs_of_64, signs_of_8 = _signs_of(64), _signs_of(8)

@@ -1,29 +1,38 @@
 """Packing and products of words of signs by compiled loops, used after a probe; absent without numba.
 
-Every operand is contiguous and on the CPU; `words` and `binary` check shapes and choose.
+Operands are contiguous and on the CPU; `words` and `binary` check shapes, and ask `exact` first.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import os
-import threading
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_lowbit.kernels.geometry import Geometry
-from lightning_lowbit.kernels.ledger import note
+from lightning_lowbit.kernels.backends import asked
+from lightning_lowbit.kernels.geometry import Geometry, geometry
+from lightning_lowbit.kernels.ledger import note, refusals, silent
 
-__all__ = ["LANES", "WORD", "Threshold", "compiled", "conv2d", "matmul", "pack_images", "pack_rows", "panels_of", "words_of"]
+__all__ = [
+    "LANES", "WORD", "Threshold", "compiled", "conv2d", "exact", "matmul", "pack_images", "pack_rows", "panels_of",
+    "uncompiled", "words_of",
+]  # fmt: skip
 
 WORD = 64
 LANES = 16
 Threshold = tuple[Tensor, Tensor]
 """low int32 (O,) and flip bool (O,): the next value is +1 iff (dot >= low) != flip."""
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 # Below about so many products of bits, ten microseconds, handing over to another thread costs what it saves.
 _SPLIT = 2**25
@@ -34,11 +43,22 @@ def words_of(length: int) -> int:
     return -(-length // WORD)
 
 
+def uncompiled(function: _Function) -> _Function:
+    """torch.compile calls this function as it is: it chooses among libraries and reads addresses."""
+    kept: _Function = torch.compiler.disable(function)  # type: ignore[no-untyped-call]  # torch's stub
+    return kept
+
+
 def compiled() -> ModuleType:
     """The loops, compiled or found compiled; raises what an import or a compiler may raise."""
     from lightning_lowbit.kernels import loops
 
     return loops
+
+
+def exact(device: str) -> bool:
+    """Whether the loops work on tensors of this device type, nobody asks for another backend, and a probe passed."""
+    return device == "cpu" and asked() == "auto" and _passed()
 
 
 def pack_rows(x: Tensor) -> Tensor:
@@ -145,7 +165,7 @@ def _split(part: Callable[[int, int], None], length: int, products: int) -> None
         part(0, length)
         return
     ends = [length * thread // threads for thread in range(threads + 1)]
-    others = [_pool(os.getpid(), threads).submit(part, *pair) for pair in zip(ends[1:], ends[2:], strict=False)]
+    others = [_pool(os.getpid(), threads).submit(part, *pair) for pair in itertools.pairwise(ends[1:])]
     part(*ends[:2])
     for other in others:
         other.result()
@@ -155,3 +175,87 @@ def _split(part: Callable[[int, int], None], length: int, products: int) -> None
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     """Threads of this process: a fork has none of its parent's."""
     return ThreadPoolExecutor(threads, "lightning_lowbit")
+
+
+@functools.cache
+def _passed() -> bool:
+    """Whether the loops leave the bits of their definitions, once per process; if not, the report says why."""
+    try:
+        with silent():
+            reason = _differs()
+    except ImportError as error:
+        refusals["popcount"] = f"{error}; pip install 'lightning-lowbit[kernels]'"
+        return False
+    except Exception as error:  # whatever a compiler raises, or a folder of compiled code
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    if reason:
+        refusals["popcount"] = reason
+        warnings.warn(
+            f"packed products are unpacked first, with the same results: the compiled ones failed ({reason})",
+            stacklevel=4,
+        )
+    return not reason
+
+
+_MATRICES = ((1, 1, 1), (3, 64, 17), (11, 130, 70))
+# Groups, holes, strides, uneven padding, pixels that fill no panel, and a row that is a tap outside.
+_LAYERS = (
+    geometry((2, 70, 5, 7), (9, 70, 3, 3), 1, 1),
+    geometry((3, 6, 9, 8), (66, 3, 3, 2), (2, 1), ((0, 1), (2, 1)), (1, 2), 2),
+    geometry((1, 64, 6, 6), (8, 64, 1, 1), 2),
+)
+
+
+def _differs() -> str | None:
+    generator = torch.Generator().manual_seed(577)
+
+    def signs(*size: int) -> Tensor:
+        return torch.randint(0, 2, size, generator=generator) * 2.0 - 1
+
+    def threshold(outputs: int) -> Threshold:
+        low = torch.randint(-8, 9, (outputs,), dtype=torch.int32, generator=generator)
+        return low, torch.arange(outputs) % 3 == 0
+
+    for m, k, n in _MATRICES:
+        x, w, (low, flip) = signs(m, k), signs(n, k), threshold(n)
+        dot, panels = x @ w.t(), panels_of(_pack(w))
+        pairs: tuple[tuple[Tensor, Tensor], ...] = (
+            (pack_rows(x), _pack(x)),
+            (matmul(_pack(x), panels, n, k, torch.int32), dot.to(torch.int32)),
+            (matmul(_pack(x), panels, n, k, torch.float32), dot),
+            (matmul(_pack(x), panels, n, k, torch.float32, (low, flip)), _pack((dot >= low).ne(flip) * 2.0 - 1)),
+        )
+        if not all(torch.equal(found, expected) for found, expected in pairs):
+            return f"wrong matrix product, {m}x{k}x{n}"
+    for geo in _LAYERS:
+        x, w, (low, flip) = signs(*geo.input_size), signs(*geo.weight_size), threshold(geo.outputs)
+        planes, words = _pack_planes(x, geo.groups), _pack(w.permute(0, 2, 3, 1).contiguous())
+        packed = [pack_images(x.contiguous(memory_format=memory), geo.groups) for memory in _MEMORIES]
+        if not all(torch.equal(found, planes) for found in packed):
+            return "wrong packing of images"
+        for pad_value in (0, 1):
+            padded = F.pad(x, (*geo.left_right, *geo.top_bottom), value=pad_value)
+            dot = F.conv2d(padded, w, None, geo.stride, 0, geo.dilation, geo.groups)
+            bits = _pack_planes((dot >= low[:, None, None]).ne(flip[:, None, None]) * 2.0 - 1, 1)
+            pairs = (
+                (conv2d(planes, words, geo, pad_value), dot),
+                (conv2d(planes, words, geo, pad_value, (low, flip)), bits),
+            )
+            if not all(torch.equal(found, expected) for found, expected in pairs):
+                return f"wrong convolution, {geo.input_size} with {geo.weight_size}"
+    return None
+
+
+_MEMORIES = (torch.contiguous_format, torch.channels_last)
+
+
+def _pack(x: Tensor) -> Tensor:
+    """The definition: bit j of word w is 1 where element 64 w + j of the last axis is negative."""
+    negative = F.pad((x < 0).to(torch.int64), (0, -x.shape[-1] % WORD)).reshape(*x.shape[:-1], -1, WORD)
+    words: Tensor = (negative << torch.arange(WORD)).sum(-1)
+    return words
+
+
+def _pack_planes(x: Tensor, groups: int) -> Tensor:
+    grouped = x.reshape(len(x), groups, -1, *x.shape[2:])
+    return _pack(grouped.permute(0, 3, 4, 1, 2)).flatten(-2).permute(0, 3, 1, 2).contiguous()

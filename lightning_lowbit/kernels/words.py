@@ -11,22 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lowbit.errors import ConfigError
+from lightning_lowbit.kernels import popcount
+from lightning_lowbit.kernels.popcount import WORD, words_of
 
 __all__ = [
-    "WORD", "pack_images", "pack_signs", "pool_signs", "regroup_images", "unpack_images", "unpack_signs", "weight_words",
-    "words_of",
+    "pack_images", "pack_signs", "pool_signs", "regroup_images", "unpack_images", "unpack_signs", "weight_words",
 ]  # fmt: skip
 
-WORD = 64
 # Eight bytes of 0 or 1, times this, leave byte i's bit at bit 56 + i: no two of the 64 partial products meet.
 _GATHER = 0x0102040810204080
 
 
-def words_of(length: int) -> int:
-    """Words that hold so many signs."""
-    return -(-length // WORD)
-
-
+@popcount.uncompiled
 def pack_signs(x: Tensor) -> Tensor:
     """The signs of the last axis as words: a bit is 1 where x < 0, so that 0, -0.0 and NaN are +1.
 
@@ -42,7 +38,11 @@ def pack_signs(x: Tensor) -> Tensor:
     """
     if x.dim() == 0 or x.is_complex():
         raise ConfigError(f"pack_signs: got {x.dtype} of shape {tuple(x.shape)}, expected real numbers (..., K)")
-    return _packed(x < 0)
+    floats = _as_floats(x)
+    if floats is None or x.numel() == 0:
+        return _packed(x < 0)
+    rows = floats.contiguous().reshape(-1, x.shape[-1])
+    return popcount.pack_rows(rows).reshape(*x.shape[:-1], -1)
 
 
 def unpack_signs(words: Tensor, k: int) -> Tensor:
@@ -58,6 +58,7 @@ def unpack_signs(words: Tensor, k: int) -> Tensor:
     return 1 - 2 * negative[..., :k].to(torch.int8)
 
 
+@popcount.uncompiled
 def pack_images(x: Tensor, groups: int = 1) -> Tensor:
     """The signs of the channels of images as planes of words.
 
@@ -73,13 +74,18 @@ def pack_images(x: Tensor, groups: int = 1) -> Tensor:
             f"pack_images: got {x.dtype} of shape {tuple(x.shape)} in {groups} groups, expected real numbers "
             "(N, C, H, W) with C a multiple of the groups"
         )
-    return _packed_channels(x < 0, groups)
+    floats = _as_floats(x)
+    if floats is not None and x.numel():
+        last = floats.is_contiguous(memory_format=torch.channels_last)
+        return popcount.pack_images(floats if last else floats.contiguous(), groups)
+    grouped = (x < 0).reshape(len(x), groups, -1, *x.shape[2:]).permute(0, 3, 4, 1, 2)
+    return _packed(grouped).flatten(-2).permute(0, 3, 1, 2).contiguous()
 
 
 def unpack_images(planes: Tensor, channels: int, groups: int = 1) -> Tensor:
     """The signs of `pack_images` as int8 +-1: (N, channels, H, W) in channels_last memory."""
     _check_planes("unpack_images", planes, channels, groups)
-    grouped = planes.unflatten(1, (groups, -1)).permute(0, 3, 4, 1, 2)
+    grouped = planes.reshape(len(planes), groups, -1, *planes.shape[2:]).permute(0, 3, 4, 1, 2)
     return unpack_signs(grouped, channels // groups).flatten(-2).permute(0, 3, 1, 2)
 
 
@@ -172,16 +178,17 @@ def _packed(negative: Tensor) -> Tensor:
     return ((eights * _GATHER) >> 56).to(torch.uint8).view(torch.int64).reshape(size)
 
 
-def _packed_channels(negative: Tensor, groups: int) -> Tensor:
-    """(N, C, H, W) bool to planes."""
-    grouped = negative.unflatten(1, (groups, -1)).permute(0, 3, 4, 1, 2)
-    return _packed(grouped).flatten(-2).permute(0, 3, 1, 2).contiguous()
+def _as_floats(x: Tensor) -> Tensor | None:
+    """x in float32, where that keeps each sign and the compiled loops pack it."""
+    exact = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and popcount.exact(x.device.type)
+    return x.detach().to(torch.float32) if exact else None
 
 
 def _check_words(name: str, words: Tensor, axis: int, k: int) -> None:
     if words.dtype != torch.int64 or words.dim() == 0 or k < 0 or words.shape[axis] != words_of(k):
         raise ConfigError(
-            f"{name}: got {words.dtype} of shape {tuple(words.shape)}, expected int64 with {words_of(k)} words for {k} signs"
+            f"{name}: got {words.dtype} of shape {tuple(words.shape)}, expected int64 with {words_of(k)} words "
+            f"for {k} signs"
         )
 
 

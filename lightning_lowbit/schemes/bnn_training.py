@@ -15,7 +15,7 @@ from lightning_lowbit.modules.binary import LatentSign, Rectifier, SignInput
 from lightning_lowbit.modules.layers import LowBitLayer
 from lightning_lowbit.modules.norm import LowBitBatchNorm
 from lightning_lowbit.numerics.binary import binary_sign
-from lightning_lowbit.schemes.private import PrivateOptimizer
+from lightning_lowbit.schemes.private import PrivateOptimizer, cosine_rate
 
 if TYPE_CHECKING:
     from lightning_lowbit.schemes.bnn import Bnn
@@ -50,7 +50,7 @@ class LatentRule(UpdateRule):
                 if isinstance(child, (SignInput, Rectifier)):
                     for name, parameter in child.named_parameters():
                         parameters[f"{child.site.key}.{name}"], owners[f"{child.site.key}.{name}"] = parameter, path
-        self.private = PrivateOptimizer(parameters, owners, scheme.param_lr)
+        self.private = PrivateOptimizer(parameters, owners, lambda found: torch.optim.Adam(found, scheme.param_lr))
         self.staged = False
         self.entered: int | None = None  # the step that begins the second stage, in this session
         self.begun: int | None = None
@@ -83,7 +83,8 @@ class LatentRule(UpdateRule):
     @torch.no_grad()
     def step(self, owned: set[str], context: StepContext) -> None:
         self.begun = context.step if self.begun is None else self.begun
-        self.private.step(owned, context)
+        rate = cosine_rate(self.scheme.param_lr, self.begun, context)
+        self.private.step(self.private.gather(owned, context), rate)
         latents = [
             self.layers[path] for path in sorted(owned & self.layers.keys()) if self.layers[path].lowbit_weight.ready
         ]

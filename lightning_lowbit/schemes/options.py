@@ -14,4 +14,6 @@ def check_choice(cls: type[Any], option: str, value: Any) -> None:
     allowed = get_args(get_type_hints(cls)[option])
     if value not in allowed:
         choices = ", ".join(map(repr, allowed))
-        raise ConfigError(f"{cls.__name__}({option}={value!r}): not one of {choices}.{nearest(str(value), map(str, allowed))}")
+        raise ConfigError(
+            f"{cls.__name__}({option}={value!r}): not one of {choices}.{nearest(str(value), map(str, allowed))}"
+        )

@@ -13,6 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.modules.base import StepContext, UpdateRule
 from lightning_lowbit.modules.thresholds import ThresholdQuantizer
+from lightning_lowbit.schemes.private import PrivateOptimizer, cosine_rate
 
 if TYPE_CHECKING:
     from lightning_lowbit.schemes.tqt import Tqt
@@ -113,7 +114,7 @@ class ThresholdRule(UpdateRule):
     """Private optimizer of the thresholds: own learning rate and schedule, no weight decay, freezing at the end.
 
     A threshold steps with the optimizer that holds its layer's weight; a gradient that another optimizer's step
-    finds is dropped. Gradients are averaged over the processes in one flat tensor.
+    finds is dropped.
 
     Args:
         scheme: its options.
@@ -123,7 +124,7 @@ class ThresholdRule(UpdateRule):
     def __init__(self, scheme: Tqt, modules: dict[str, nn.Module]) -> None:
         self.scheme = scheme
         self.thresholds: dict[str, ThresholdQuantizer] = {}  # one entry a tie, under its first member's key
-        self.owner: dict[str, str] = {}  # key -> path of the low-bit module it hangs on
+        owners: dict[str, str] = {}  # key -> path of the low-bit module it hangs on
         seen: set[int] = set()
         for path, module in modules.items():
             for child in module.children():
@@ -131,15 +132,9 @@ class ThresholdRule(UpdateRule):
                     seen.add(id(child.log2_t))
                     if child.log2_t.requires_grad:
                         self.thresholds[child.site.key] = child
-                        self.owner[child.site.key] = path
-        parameters = [quantizer.log2_t for quantizer in self.thresholds.values()]
-        self.optimizer: Optimizer | None = None
-        if parameters:
-            lr, beta2 = scheme.threshold_lr, scheme.threshold_beta2
-            if scheme.threshold_optimizer == "adam":
-                self.optimizer = torch.optim.Adam(parameters, lr=lr, betas=(0.9, beta2), foreach=True)
-            else:
-                self.optimizer = NormedSgd(parameters, lr=lr, beta=beta2)
+                        owners[child.site.key] = path
+        parameters = {key: quantizer.log2_t for key, quantizer in self.thresholds.items()}
+        self.private = PrivateOptimizer(parameters, owners, self._optimizer)
         n = len(parameters)
         self.average = torch.zeros(n)  # moving average of log2_t, not yet debiased
         self.weight = torch.zeros(())  # what the average's decays leave of 1: divides it
@@ -147,6 +142,12 @@ class ThresholdRule(UpdateRule):
         self.count = torch.zeros(2, dtype=torch.int64)  # steps in all, steps since the last freeze
         self.begun: int | None = None  # run's step at which quantization began
         self.when: dict[str, int] = {}
+
+    def _optimizer(self, thresholds: list[nn.Parameter]) -> Optimizer:
+        lr, beta2 = self.scheme.threshold_lr, self.scheme.threshold_beta2
+        if self.scheme.threshold_optimizer == "adam":
+            return torch.optim.Adam(thresholds, lr=lr, betas=(0.9, beta2), foreach=True)
+        return NormedSgd(thresholds, lr=lr, beta=beta2)
 
     def before_step(self, optimizer: Optimizer, context: StepContext) -> None:
         if self.scheme.mode in ("static", "retrain_th"):  # weights stay: no gradient, no decay, no momentum
@@ -165,46 +166,31 @@ class ThresholdRule(UpdateRule):
     @torch.no_grad()
     def step(self, owned: set[str], context: StepContext) -> None:
         quantizers = list(self.thresholds.values())
-        if self.optimizer is None:
+        if not quantizers:
             return
         if self.begun is None:
             self.begun = context.step
-        gradients, had = [], []
-        for key, quantizer in self.thresholds.items():
-            gradient = quantizer.log2_t.grad if self.owner[key] in owned else None
-            had.append(float(gradient is not None))
-            gradients.append(torch.zeros_like(quantizer.log2_t) if gradient is None else gradient)
-        flat = torch.cat(gradients)
-        # One tensor over the processes, so that all of them step the same thresholds with the same gradients.
-        flat, seen = context.reduce_mean(torch.stack([flat, flat.new_tensor(had)])).unbind()
-        flat = flat / context.grad_scale
-        frozen = torch.stack([quantizer.frozen for quantizer in quantizers]) > 0.5
-        usable = ((seen > 0) & ~frozen & torch.isfinite(flat)).tolist()
-        for quantizer, gradient, use in zip(quantizers, torch.split(flat, 1), usable, strict=True):
-            quantizer.log2_t.grad = gradient if use else None
-        self.optimizer.param_groups[0]["lr"] = self._lr(context)
-        self.optimizer.step()
-        for quantizer in quantizers:
-            quantizer.log2_t.grad = None
+        gradients = self.private.gather(owned, context)
+        frozen = torch.stack([quantizer.frozen for quantizer in quantizers]).cpu() > 0.5
+        moving = [None if still else g for g, still in zip(gradients, frozen.tolist(), strict=True)]
+        self.private.step(moving, self._lr(context))
         now = torch.cat([quantizer.log2_t for quantizer in quantizers]).cpu()
-        self._follow(now, flat.abs().cpu(), context.total_steps)
-        self._freeze(quantizers, frozen.cpu(), context.step)
+        abs_grad = torch.cat([now.new_zeros(1) if g is None else g.abs().cpu() for g in gradients])
+        self._follow(now, abs_grad, context.total_steps)
+        self._freeze(quantizers, frozen, context.step)
 
     def _lr(self, context: StepContext) -> float:
-        lr, done = self.scheme.threshold_lr, context.step - (self.begun or 0)
+        lr, begun = self.scheme.threshold_lr, self.begun or 0
         if self.scheme.threshold_schedule == "staircase":
-            return staircase(done, lr, self.scheme.lr_step, 0.5)
-        if self.scheme.threshold_schedule == "cosine" and context.total_steps is not None:
-            share = min(1.0, done / max(1, context.total_steps - (self.begun or 0)))
-            return lr * 0.5 * (1 + math.cos(math.pi * share))
-        return lr
+            return staircase(context.step - begun, lr, self.scheme.lr_step, 0.5)
+        return cosine_rate(lr, begun, context) if self.scheme.threshold_schedule == "cosine" else lr
 
     def _follow(self, now: Tensor, abs_grad: Tensor, total_steps: int | None) -> None:
         """Moving averages. The published decay, 0.9999, looks back over a tenth of the published run; so does ours."""
         decay = 0.9999 if total_steps is None else min(0.9999, max(0.0, 1 - 10 / total_steps))
         self.average.mul_(decay).add_(now, alpha=1 - decay)
         self.weight.mul_(decay).add_(1 - decay)
-        self.abs_grad.add_(torch.nan_to_num(abs_grad))
+        self.abs_grad.add_(abs_grad)
         self.count += 1
 
     def _freeze(self, quantizers: list[ThresholdQuantizer], frozen: Tensor, step: int) -> None:
@@ -234,24 +220,18 @@ class ThresholdRule(UpdateRule):
         return [key for key, q in self.thresholds.items() if q.log2_t.grad is not None and not bool(q.frozen > 0.5)]
 
     def state_dict(self) -> dict[str, Any]:
-        if self.optimizer is None:
+        if not self.thresholds:
             return {}
-        state = {key: dict(self.optimizer.state.get(q.log2_t, {})) for key, q in self.thresholds.items()}
         return {
-            "optimizer": state, "average": self.average.clone(),
+            "optimizer": self.private.state_dict(), "average": self.average.clone(),
             "weight": self.weight.clone(), "abs_grad": self.abs_grad.clone(),
             "count": self.count.clone(), "begun": self.begun,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if self.optimizer is None or not state:
+        if not self.thresholds or not state:
             return
-        for key, quantizer in self.thresholds.items():
-            kept = state["optimizer"].get(key)
-            if kept:
-                self.optimizer.state[quantizer.log2_t] = {
-                    k: v.clone() if isinstance(v, Tensor) else v for k, v in kept.items()
-                }
+        self.private.load_state_dict(state["optimizer"])
         self.average, self.weight = state["average"].clone(), state["weight"].clone()
         self.abs_grad = state["abs_grad"].clone()
         self.count, self.begun = state["count"].clone(), state["begun"]

@@ -1,0 +1,236 @@
+"""How large a packed network is, and its file."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lowbit.errors import ConfigError
+from lightning_lowbit.export.folding import find_chains
+from lightning_lowbit.export.packed import Packing, build, float_bytes, packing_of
+from lightning_lowbit.export.packed_layers import Packed, PackedConv, PackedLinear
+from lightning_lowbit.graph.network import follow
+from lightning_lowbit.modules.layers import LowBitLayer
+
+__all__ = ["PackedSizes", "Size", "load_packed", "packed_sizes", "save_packed"]
+
+_FORMAT = "lightning_lowbit.packed"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Size:
+    """Bytes of one module.
+
+    Attributes:
+        path: where it stands.
+        dtype: of its weights: 1 bit, int8, float32.
+        words, thresholds, rest: bytes stored.
+        float32: bytes in the float network.
+        binary: whether it is a binary layer.
+    """
+
+    path: str
+    dtype: str
+    words: int
+    thresholds: int
+    rest: int
+    float32: int
+    binary: bool = False
+
+    @property
+    def stored(self) -> int:
+        return self.words + self.thresholds + self.rest
+
+
+@dataclass(frozen=True)
+class PackedSizes:
+    """Bytes of a packed network beside its float one; printable.
+
+    Attributes:
+        rows: one a module that holds anything, in either network.
+        file: bytes of the file on disk; None where none was written.
+    """
+
+    rows: tuple[Size, ...]
+    file: int | None = None
+
+    @property
+    def binary(self) -> Size:
+        """The binary layers alone."""
+        return _total("binary layers", "", [row for row in self.rows if row.binary])
+
+    @property
+    def whole(self) -> Size:
+        """All tensors of the network."""
+        return _total("whole network", "", self.rows)
+
+    def __str__(self) -> str:
+        table: list[tuple[str, ...]] = [("layer", "dtype", "words", "thresholds", "rest", "float32", "smaller")]
+        for row in (*self.rows, self.binary, self.whole):
+            sizes = (f"{size:,}" for size in (row.words, row.thresholds, row.rest, row.float32))
+            table.append((row.path or "(root)", row.dtype, *sizes, _ratio(row.float32, row.stored)))
+        if self.file is not None:
+            table.append(("file", "", f"{self.file:,}", "", "", "", _ratio(self.whole.float32, self.file)))
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = [
+            "  ".join(
+                cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(r, widths, strict=True))
+            )
+            for r in table
+        ]
+        lines[1:1] = ["  ".join("-" * width for width in widths)]
+        lines.insert(2 + len(self.rows), lines[1])
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def packed_sizes(packed: nn.Module) -> PackedSizes:
+    """Bytes that each module of a packed network stores, against its float32 parameters and buffers.
+
+    Raises:
+        ConfigError: not a packed network.
+    """
+    floats = packing_of(packed).float_bytes
+    rows = []
+    for path, module in packed.named_modules():
+        own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+        stored = {name: tensor.nbytes for name, tensor in own.items()}
+        if not stored and path not in floats:
+            continue
+        binary = isinstance(module, (PackedLinear, PackedConv))
+        words = stored.pop("words" if binary else "weight", 0)
+        limits = stored.pop("low", 0) + stored.pop("flip", 0)
+        weight = own.get("weight")
+        dtype = (
+            "1 bit"
+            if binary
+            else "folded"
+            if not own
+            else _named(next(iter(own.values())) if weight is None else weight)
+        )
+        rows.append(Size(path, dtype, words, limits, sum(stored.values()), floats.get(path, 0), binary))
+    return PackedSizes(tuple(rows))
+
+
+def save_packed(packed: nn.Module, path: str | os.PathLike[str]) -> PackedSizes:
+    """Write a packed network to a file of plain types, which ``torch.load`` opens with ``weights_only=True``.
+
+    Prints and returns the sizes, the file's among them.
+
+    Raises:
+        ConfigError: not a packed network.
+    """
+    sizes = packed_sizes(packed)
+    layers = {name: module.spec() for name, module in packed.named_modules() if isinstance(module, Packed)}
+    state = {name: tensor.detach().cpu() for name, tensor in packed.state_dict().items()}
+    torch.save({"format": _FORMAT, "version": _VERSION, "layers": layers, "state": state}, path)
+    sizes = PackedSizes(sizes.rows, Path(path).stat().st_size)
+    print(sizes)
+    return sizes
+
+
+def load_packed(module: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """A packed network from its file.
+
+    Args:
+        module: the network's code, converted with the same scheme and options; its values do not matter.
+        path: written by `save_packed`.
+    Returns:
+        a packed copy; ``module`` is left alone.
+    Raises:
+        ConfigError: no such file, a foreign or damaged one, or one of another network.
+    """
+    layers, state = _read(path)
+    if not any(isinstance(child, LowBitLayer) for child in module.modules()):
+        raise ConfigError(
+            f"{type(module).__name__}: expected a converted network to load {path} into. Convert it as the packed one "
+            "was: lightning_lowbit.convert(module, 'bnn') with the same options."
+        )
+    with torch.inference_mode(False), torch.no_grad():
+        root = copy.deepcopy(module).eval()
+        kinds = {name: str(spec.get("kind")) for name, spec in layers.items()}
+        absent = [name for name in kinds if name not in dict(root.named_modules())]
+        if absent:
+            raise _other(path, absent[0], "no such module in this network")
+        binary = {name for name, kind in kinds.items() if kind in ("PackedLinear", "PackedConv")}
+        ends = {name for name, kind in kinds.items() if kind == "PackedEnd"}
+        for name in binary | ends:
+            if not isinstance(root.get_submodule(name), LowBitLayer):
+                raise _other(path, name, "it is not converted in this network")
+        folded = {name for name in binary if layers[name].get("steps") is not None}
+        found, refused = find_chains(root, follow(root), binary)
+        for name in folded - set(found):
+            raise _other(path, name, f"here its sums stay numbers ({refused[name]})")
+        chains = {name: found[name] for name in folded}
+        packing = Packing(
+            sorted(folded),
+            {name: refused.get(name, "as in the file") for name in binary - folded},
+            {},
+            float_bytes(root),
+        )
+
+        def tensors(name: str) -> dict[str, Tensor]:
+            own = {key.rpartition(".")[2]: value for key, value in state.items() if key.rpartition(".")[0] == name}
+            required = {"PackedNorm": ("a", "b"), "PackedEnd": ("weight", "input_exponent", "exponent")}
+            for key in required.get(kinds.get(name, ""), ("words", *(("low", "flip") if name in folded else ()))):
+                if key not in own:
+                    raise ConfigError(f"{path}: damaged, it lacks {name}.{key}. Save it again with save_packed.")
+            device = next((p.device for p in root.get_submodule(name).parameters()), torch.device("cpu"))
+            return {key: value.to(device) for key, value in own.items()}
+
+        packed = build(root, binary, ends, chains, packing, tensors)
+    for name, child in packed.named_modules():
+        if isinstance(child, Packed) and child.spec() != layers.get(name):
+            raise _other(path, name, f"the file says {layers.get(name)}, this network {child.spec()}")
+    try:
+        packed.load_state_dict(state)
+    except RuntimeError as error:
+        raise ConfigError(f"{path}: it does not fit this network. {error}") from error
+    return packed
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
+    try:
+        file = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file. lightning_lowbit.save_packed(packed, path) writes one.") from error
+    except Exception as error:  # whatever torch raises over a file that is cut or not its own
+        raise ConfigError(f"{path}: not a file of a packed network, or a damaged one ({error}).") from error
+    if not isinstance(file, dict) or file.get("format") != _FORMAT:
+        raise ConfigError(
+            f"{path}: not a file of a packed network: it lacks format={_FORMAT!r}, which save_packed writes."
+        )
+    if file.get("version") != _VERSION:
+        raise ConfigError(
+            f"{path}: its version is {file.get('version')!r}, expected {_VERSION}. Save it with this release."
+        )
+    for key in ("layers", "state"):
+        if not isinstance(file.get(key), dict):
+            raise ConfigError(f"{path}: damaged, it lacks {key!r}. Save it again with save_packed.")
+    return file["layers"], file["state"]
+
+
+def _other(path: str | os.PathLike[str], name: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"{path}: {name}: {why}. Convert the same network with the scheme and the options of the one that was packed."
+    )
+
+
+def _total(path: str, dtype: str, rows: Iterable[Size]) -> Size:
+    sums = [(row.words, row.thresholds, row.rest, row.float32) for row in rows]
+    return Size(path, dtype, *(sum(column) for column in zip(*sums, strict=True)) if sums else (0, 0, 0, 0))
+
+
+def _named(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _ratio(large: int, small: int) -> str:
+    return f"{large / small:.1f}x" if small else ""
