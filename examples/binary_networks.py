@@ -7,6 +7,7 @@
         --stages 4 6 --distill
 
 Both rows are ordinary ``Trainer.fit`` calls on the same LightningModule, which the second converts by one callback.
+With ``--packed file`` the last binary network is packed into words of 64 signs, checked and saved.
 """
 
 from __future__ import annotations
@@ -24,13 +25,15 @@ from binary_nets import NETS, BinaryClassifier
 from cifar import CifarData
 from finetune_resnet20 import load_public
 from integer_training import Curve, Result, table
-from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Timer
 from mnist import MnistData
 
 from lightning_lowbit import Bnn, QuantCallback
 from lightning_lowbit.callbacks.distill import Distill
 from lightning_lowbit.demos import DigitsData
+from lightning_lowbit.export.packed import pack, packing_of
+from lightning_lowbit.export.packed_sizes import save_packed
 
 MODEL: dict[str, dict[str, Any]] = {
     "digits_mlp": {"lr": 1e-2, "loss": "squared_hinge"},
@@ -84,7 +87,26 @@ def run(row: str, data: LightningDataModule, args: argparse.Namespace, seed: int
     else:
         trainer.fit(model, data)
         before = float(quant.metrics["calibrated"]["val_acc"])
+        if args.packed is not None:
+            save(model, data, args)
     return 100 * before, curve.values, timer.time_elapsed("train") / 60
+
+
+def save(model: LightningModule, data: LightningDataModule, args: argparse.Namespace) -> None:
+    """Pack the trained network, compare the logits of the test images bit by bit, save it and print its sizes."""
+    packed = pack(model)
+    model.eval()
+    images = right = different = 0
+    with torch.inference_mode():
+        for batch in data.val_dataloader():
+            x, labels = data.on_after_batch_transfer(batch, 0)
+            logits = packed(x)
+            images += len(labels)
+            right += int((logits.argmax(1) == labels).sum())
+            different += int((logits != model(x)).any(1).sum())
+    print(packing_of(packed))
+    save_packed(packed, args.packed)  # prints the sizes
+    print(f"packed: {100 * right / images:.2f} on {images} images, logits of {different} differ from evaluation's")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
@@ -104,6 +126,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
     parser.add_argument("--steps_per_epoch", type=int, help="default all")
     parser.add_argument("--accelerator", default="cpu")
     parser.add_argument("--progress", action="store_true", help="show a progress bar")
+    parser.add_argument("--packed", type=Path, help="pack the trained binary network and save it here")
     parser.add_argument("--json", type=Path, help="write the results here as well")
     args = parser.parse_args(argv)
     if args.root is None and args.net != "digits_mlp":

@@ -39,7 +39,8 @@ class BinaryMonitor(Callback):
 
     Behind every n-th optimizer step each layer's values go to the Trainer's loggers and to its callback metrics:
 
-        flips/PATH     share of the weights' signs that changed, per step, since the last time
+        flips/PATH     share of the weights' signs that changed since the last time, divided by the steps since (a sign
+                       that flipped back counts for nothing)
         clipped/PATH   share of latent weights at the clip, |w| >= 1 (none under Bop, whose weights are signs)
         zeros/PATH     share of exact zeros among what the layer takes signs of
         outside/PATH   share of them outside [-1, 1]
@@ -125,7 +126,7 @@ class BinaryMonitor(Callback):
     def table(self) -> str:
         """The last values, a line a layer; columns without an entry are left out, as is NaN where there is none."""
         if not self.values:
-            return f"BinaryMonitor: no {self.every_n_steps}th step with binary layers was reached, nothing to show."
+            return f"BinaryMonitor(every_n_steps={self.every_n_steps}): no such step came with binary layers."
         names = [
             name
             for name in _COLUMNS
@@ -175,13 +176,15 @@ class BinaryMonitor(Callback):
                 f"BinaryMonitor: no input of a binary layer was seen in the batch of step {step}: code made by "
                 "torch.compile runs past hooks. Flips and clipped weights are measured all the same."
             )
-        self.step, self._inputs_asked, self._inputs_seen = step, False, False
+        self._inputs_asked = self._inputs_seen = False
         rows = {path: _row(metrics) for path, metrics in self._metrics.items()}
         self.values = {path: row for path, row in rows.items() if row}
+        self.step = step if self.values else None
 
     def _log(self, trainer: Any) -> None:
         values = {f"{name}/{path}": value for path, row in self.values.items() for name, value in row.items()}
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+        device = trainer.strategy.root_device
+        trainer.callback_metrics.update({name: torch.tensor(value, device=device) for name, value in values.items()})
         for logger in trainer.loggers if values else ():
             logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 

@@ -200,7 +200,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 _ALIASES = {
     "clip": "clamp", "dropout1d": "dropout", "dropout2d": "dropout", "dropout3d": "dropout", "flatten": "view",
- "reshape": "view", "contiguous": "same", "float": "same", "clone": "same", "detach": "same",
+    "reshape": "view", "contiguous": "same", "float": "same", "clone": "same", "detach": "same",
 }  # fmt: skip
 
 

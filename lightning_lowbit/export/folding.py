@@ -222,7 +222,7 @@ class _Finder:
                 if len(layers) > 1:
                     raise _Refusal(f"{path} shifts what {', '.join(chain.consumers)} read")
                 self._sign_wise(chain, path)
-                chain.per_channel = True
+                chain.per_channel |= not reads_rows  # of rows along the last axis
                 chain.functions.append(layer.lowbit_input.shifted)
 
     def _once(self, call: Call) -> None:

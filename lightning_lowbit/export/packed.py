@@ -270,10 +270,13 @@ def _binary_tensors(root: nn.Module, layer: Any, chain: Chain | None, pixels: in
 def _end_tensors(layer: Any) -> dict[str, Tensor]:
     source, quantizer, bias = layer.lowbit_input, layer.lowbit_weight, layer.lowbit_bias
     grid = quantizer(layer.weight)  # first: it sets the weight's range
-    weight = (grid / pow2(quantizer.exponent())).to(torch.int8)
-    found = {"weight": weight, "input_exponent": source.exponent(), "exponent": quantizer.exponent()}
+    unit = pow2(source.exponent() + quantizer.exponent())
+    found = {
+        "weight": (grid / pow2(quantizer.exponent())).to(torch.int8),
+        "step": pow2(source.exponent()),
+        "unit": unit,
+    }
     if layer.bias is not None and bias is not None:
-        unit = pow2(source.exponent() + quantizer.exponent())
         found["bias"] = (bias(layer.bias) / unit).to(torch.int64).clamp(-(2**31), 2**31 - 1).to(torch.int32)
     elif layer.bias is not None:
         found["bias"] = layer.bias.detach().clone()

@@ -24,8 +24,6 @@ from lightning_lowbit.kernels.popcount import WORD
 from lightning_lowbit.modules.binary import along
 from lightning_lowbit.modules.binary_layers import finished, padding_of
 from lightning_lowbit.numerics.affine import affine
-from lightning_lowbit.numerics.exponent import pow2
-from lightning_lowbit.numerics.ste import fake_quantize
 
 __all__ = ["Packed", "PackedConv", "PackedEnd", "PackedLinear", "PackedNorm", "Passed", "linear_words"]
 
@@ -54,7 +52,8 @@ class Packed(nn.Module):
 
     def spec(self) -> dict[str, Any]:
         """What decides its results beside its tensors, in plain types."""
-        return {"kind": type(self).__name__}
+        tensors = {name: (str(tensor.dtype), tuple(tensor.shape)) for name, tensor in self.named_buffers()}
+        return {"kind": type(self).__name__, "tensors": tensors}
 
 
 class _PackedBinary(Packed):
@@ -142,17 +141,15 @@ class PackedLinear(_PackedBinary):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # the kernels choose among libraries
     def forward(self, input: Tensor) -> Tensor:
-        shape = input.shape
+        shape, rows = input.shape, self._read(input)
         if self.per_channel and len(shape) != 2:
             raise UnsupportedModelError(
                 f"{self.path}: its input has {len(shape)} axes, and what its thresholds contain counts channels along "
                 "axis 1. Flatten the axes in front of it to one: x.flatten(0, -2)."
             )
-        rows = self._read(input)
         if self.fold is not None:
-            return self.bits(
-                xnor_linear(rows, self.weight_as(self.held), self.threshold(self.spare)), (*shape[:-1], self.outputs)
-            )
+            words = xnor_linear(rows, self.weight_as(self.held), self.threshold(self.spare))
+            return self.bits(words, (*shape[:-1], self.outputs))
         dot = xnor_linear(rows, self.weight_as(self.held))
         dot = dot - self.spare if self.spare else dot
         return self.numbers(dot).reshape(*shape[:-1], self.outputs)
@@ -180,7 +177,7 @@ class PackedConv(_PackedBinary):
         lead = (0,) if self.axes == 1 else ()
         self.stride = (*(1 for _ in lead), *layer.stride)
         self.dilation = (*(1 for _ in lead), *layer.dilation)
-        self.padding = (*((0, 0) for _ in lead), *padding_of(layer))
+        self.padding: Any = (*((0, 0) for _ in lead), *padding_of(layer))
         self.groups, self.pad_value = layer.groups, layer.scheme.pad_value
         self.channels = layer.in_channels // layer.groups
         self.weight_last = _channels_last(layer.weight)
@@ -216,16 +213,22 @@ class PackedConv(_PackedBinary):
 
 
 class PackedEnd(Packed):
-    """A first or last layer in 8 bits: int8 weights, an int32 bias, and the exponents of its grids."""
+    """A first or last layer in 8 bits: int8 weights, an int32 bias on the grid of the sums, and two steps.
+
+    Args:
+        path: where it stands.
+        layer: the layer, for its geometry.
+        tensors: weight, bias, step (of the input's grid) and unit (of the sums), both powers of two.
+    """
 
     weight: Tensor
     bias: Tensor | None
-    input_exponent: Tensor
-    exponent: Tensor
+    step: Tensor
+    unit: Tensor
 
     def __init__(self, path: str, layer: Any, tensors: dict[str, Tensor]) -> None:
         super().__init__(path)
-        for name in ("weight", "bias", "input_exponent", "exponent"):
+        for name in ("weight", "bias", "step", "unit"):
             self.register_buffer(name, tensors.get(name))
         self.linear, self.qmax, self.axis = isinstance(layer, nn.Linear), layer.lowbit_input.qmax, layer.channel_axis
         self.settings: dict[str, Any] = {}
@@ -242,21 +245,19 @@ class PackedEnd(Packed):
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # the kernels choose among libraries
     def forward(self, input: Tensor) -> Tensor:
         x = input if input.dtype == torch.float64 else input.float()
-        step = pow2(self.input_exponent)
-        codes = (fake_quantize(x, self.input_exponent, qmin=-self.qmax, qmax=self.qmax) / step).to(torch.int8)
+        codes = torch.round(x / self.step).clamp_(-self.qmax, self.qmax).to(torch.int8)
         w = self.weight
         if self.linear:
             acc = kernels.int8_matmul(codes.reshape(-1, w.shape[1]), w.t()).reshape(*x.shape[:-1], w.shape[0])
         else:
             conv: Any = kernels.int8_conv1d if w.dim() == 3 else kernels.int8_conv2d
             acc = conv(codes, w, **self.settings)
-        unit = pow2(self.input_exponent + self.exponent)
         if self.bias is None:
-            return acc.float() * unit
+            return acc.float() * self.unit
         if self.bias.is_floating_point():
-            return finished(acc.float() * unit, None, self.bias, self.axis)
+            return finished(acc.float() * self.unit, None, self.bias, self.axis)
         shape = [-1] + [1] * (acc.dim() - 2 if self.axis == 1 else 0)
-        return (acc.to(torch.int64) + self.bias.to(torch.int64).reshape(shape)).float() * unit
+        return (acc.to(torch.int64) + self.bias.to(torch.int64).reshape(shape)).float() * self.unit
 
     def spec(self) -> dict[str, Any]:
         return {**super().spec(), **self.settings}
@@ -291,8 +292,8 @@ class Passed(Packed):
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not isinstance(input, Bits):
             raise InvariantError(
-                f"{self.path}: got a tensor of numbers, but its own are part of the thresholds of {self.producer} since "
-                "the network was packed. Call the packed network as a whole."
+                f"{self.path}: got a tensor of numbers, but its own are part of the thresholds of {self.producer} "
+                "since the network was packed. Call the packed network as a whole."
             )
         return input.passed(Step("module", (self.path,)))
 

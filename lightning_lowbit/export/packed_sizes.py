@@ -177,13 +177,8 @@ def load_packed(module: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         )
 
         def tensors(name: str) -> dict[str, Tensor]:
-            own = {key.rpartition(".")[2]: value for key, value in state.items() if key.rpartition(".")[0] == name}
-            required = {"PackedNorm": ("a", "b"), "PackedEnd": ("weight", "input_exponent", "exponent")}
-            for key in required.get(kinds.get(name, ""), ("words", *(("low", "flip") if name in folded else ()))):
-                if key not in own:
-                    raise ConfigError(f"{path}: damaged, it lacks {name}.{key}. Save it again with save_packed.")
             device = next((p.device for p in root.get_submodule(name).parameters()), torch.device("cpu"))
-            return {key: value.to(device) for key, value in own.items()}
+            return {key: state[f"{name}.{key}"].to(device) for key in layers[name]["tensors"]}
 
         packed = build(root, binary, ends, chains, packing, tensors)
     for name, child in packed.named_modules():
@@ -214,7 +209,18 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, dict[str, Any]], dict
     for key in ("layers", "state"):
         if not isinstance(file.get(key), dict):
             raise ConfigError(f"{path}: damaged, it lacks {key!r}. Save it again with save_packed.")
-    return file["layers"], file["state"]
+    layers, state = file["layers"], file["state"]
+    for name, spec in layers.items():
+        for key, (dtype, shape) in spec["tensors"].items():
+            found = state.get(f"{name}.{key}")
+            if found is None:
+                raise ConfigError(f"{path}: damaged, it lacks {name}.{key}. Save it again with save_packed.")
+            if str(found.dtype) != dtype or tuple(found.shape) != tuple(shape):
+                raise ConfigError(
+                    f"{path}: damaged, {name}.{key}: got {found.dtype} {tuple(found.shape)}, expected {dtype} {shape}. "
+                    "Save it again with save_packed."
+                )
+    return layers, state
 
 
 def _other(path: str | os.PathLike[str], name: str, why: str) -> ConfigError:

@@ -219,7 +219,8 @@ def multiply(
                 if not whole:
                     for m in range(rows):
                         line = carray(as_pointer(start + (row + m) * step), (count,), np.int32)
-                        line[:] = tile[m, :count]
+                        for place in range(count):
+                            line[place] = tile[m, place]
                 row += rows
 
 
@@ -376,10 +377,14 @@ def convolve(
                     for run in range(count):
                         lane, length, image = runs[run, 0], runs[run, 1], runs[run, 2]
                         first = runs[run, 3] * out_w + runs[run, 4]
-                        sums[image, row : row + rows, first : first + length] = tile[:rows, lane : lane + length]
+                        for m in range(rows):
+                            for place in range(length):
+                                sums[image, row + m, first + place] = tile[m, lane + place]
                 row += rows
         if form == BITS_OF_ROWS:
             for run in range(count):
                 lane, length, image = runs[run, 0], runs[run, 1], runs[run, 2]
                 first = runs[run, 3] * out_w + runs[run, 4]
-                signs[image, :, first : first + length] = bits[:, lane : lane + length]
+                for plane in range(planes):
+                    for place in range(length):
+                        signs[image, plane, first + place] = bits[plane, lane + place]

@@ -78,14 +78,14 @@ def pack_images(x: Tensor, groups: int = 1) -> Tensor:
     if floats is not None and x.numel():
         last = floats.is_contiguous(memory_format=torch.channels_last)
         return popcount.pack_images(floats if last else floats.contiguous(), groups)
-    grouped = (x < 0).reshape(len(x), groups, -1, *x.shape[2:]).permute(0, 3, 4, 1, 2)
+    grouped = (x < 0).reshape(len(x), groups, x.shape[1] // groups, *x.shape[2:]).permute(0, 3, 4, 1, 2)
     return _packed(grouped).flatten(-2).permute(0, 3, 1, 2).contiguous()
 
 
 def unpack_images(planes: Tensor, channels: int, groups: int = 1) -> Tensor:
     """The signs of `pack_images` as int8 +-1: (N, channels, H, W) in channels_last memory."""
     _check_planes("unpack_images", planes, channels, groups)
-    grouped = planes.reshape(len(planes), groups, -1, *planes.shape[2:]).permute(0, 3, 4, 1, 2)
+    grouped = planes.reshape(len(planes), groups, planes.shape[1] // groups, *planes.shape[2:]).permute(0, 3, 4, 1, 2)
     return unpack_signs(grouped, channels // groups).flatten(-2).permute(0, 3, 1, 2)
 
 

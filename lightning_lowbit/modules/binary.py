@@ -190,8 +190,8 @@ class Rectifier(Quantizer):
         if self.slope is None:
             return x.clamp(-1, 1)  # closed, unlike F.hardtanh: a value clipped to 1 goes on learning
         if self.before is not None:
-            x = x - along(self.before, x, self.site)
-        x = torch.where(x > 0, x, along(self.slope, x, self.site) * x)
+            x = x + along(-self.before, x, self.site)  # x - gamma would negate a whole gradient on the way back
+        x = F.prelu(x, self.slope) if x.dim() > 1 else torch.where(x > 0, x, self.slope * x)
         return x if self.after is None else x + along(self.after, x, self.site)
 
     def forward(self, x: Tensor, rectify: bool = False) -> Tensor:

@@ -87,6 +87,16 @@ class _Value:
 _UNKNOWN = _Value()
 _NORM, _SIGN, _END, _OPAQUE, _MIXED = "norm", "sign", "end", "opaque", "mixed"  # what lies ahead of a value
 
+_RECTIFIER = "never negative, so that every sign taken of its values by {} is +1"
+_DROPOUT = "values dropped on the way into {} become sign(0) = +1, a constant, not an absence"
+_POOL = "maxima of normalized values skew the signs at the input of {} to +1"
+_FIXES = {
+    _RECTIFIER: "write nn.Hardtanh in its place",
+    _DROPOUT: "place it before the batch norm, or remove it",
+    _POOL: "pool the sums, before the batch norm",
+}
+_REPLACE = 'Bnn(relu="hardtanh") or Bnn(relu="prelu") replaces it, or write nn.Hardtanh'  # a rectifier read directly
+
 
 class _Lint:
     def __init__(self, root: nn.Module, flow: Flow, binary: set[str], replaced: set[str]) -> None:
@@ -228,42 +238,27 @@ class _Lint:
 
     # -- the rules -----------------------------------------------------------------------------------------------
     def findings(self) -> list[Finding]:
-        layers = [call for call in self.flow.calls if self._is_binary(call)]
-        read: dict[tuple[str, Any], list[str]] = {}  # rule and what stands before a sign -> layers with that sign
+        before: set[tuple[str, int]] = set()  # rule and call that stands before a sign
+        read: dict[tuple[str, Any], list[str]] = {}  # rule and what was called -> layers that take the signs
         moved = set()
-        for layer in layers:
+        for layer in filter(self._is_binary, self.flow.calls):
             value = self.values.get(id(layer.inputs[0]), _UNKNOWN)
-            for rule, calls in (
-                ("rectifier", [call for call, _ in value.rectifiers]),
-                ("dropout", value.dropouts),
-                ("pool", value.pools),
-            ):
+            rectifiers = [call for call, _ in value.rectifiers]
+            for rule, calls in ((_RECTIFIER, rectifiers), (_DROPOUT, value.dropouts), (_POOL, value.pools)):
                 for call in calls:
+                    before.add((rule, id(call)))
                     read.setdefault((rule, _identity(call)), []).append(str(layer.path))
             moved |= {_identity(call) for call, only_moved in value.rectifiers if only_moved}
         found: list[Finding] = []
         for call in self.flow.calls:
-            if names := read.get(("rectifier", _identity(call))):
-                found.append(self._rectifier(call, _listed(names), _identity(call) in moved))
-            if names := read.get(("dropout", _identity(call))):
-                what = (
-                    f"values dropped on the way into {_listed(names)} become sign(0) = +1, a constant, not an absence"
-                )
-                found.append(Finding(call.name, what, "place it before the batch norm, or remove it"))
-            if names := read.get(("pool", _identity(call))):
-                what = f"maxima of normalized values skew the signs at the input of {_listed(names)} to +1"
-                found.append(Finding(call.name, what, "pool the sums, before the batch norm"))
+            for rule in (_RECTIFIER, _DROPOUT, _POOL):
+                if (rule, id(call)) in before and (names := read.pop((rule, _identity(call)), None)):
+                    replaceable = self._kind(call) is Kind.RELU and _identity(call) in moved
+                    fix = _REPLACE if rule == _RECTIFIER and replaceable else _FIXES[rule]
+                    found.append(Finding(call.name, rule.format(_listed(names)), fix))
             if self._is_binary(call):
                 found += self._layer(call)
         return list(dict.fromkeys(found))
-
-    def _rectifier(self, call: Call, names: str, moved: bool) -> Finding:
-        what = f"never negative, so that every sign taken of its values by {names} is +1"
-        if self._kind(call) is Kind.RELU and moved:
-            fix = 'Bnn(relu="hardtanh") or Bnn(relu="prelu") replaces it, or write nn.Hardtanh'
-        else:
-            fix = "write nn.Hardtanh in its place"
-        return Finding(call.name, what, fix)
 
     def _layer(self, call: Call) -> Iterable[Finding]:
         layer, name = self.targets[id(call)], call.name

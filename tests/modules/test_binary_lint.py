@@ -312,23 +312,13 @@ def test_what_stands_there_now_counts() -> None:
     net.m0 = nn.Hardtanh()
     assert binary_findings(net, flow, {"b"}) == []
 
-    class Alias(nn.Module):
-        """A rectifier of two names, called by the second."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.unused = self.relu = nn.ReLU()
-            self.b, self.bn = conv(), nn.BatchNorm2d(4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.bn(self.b(self.relu(x)))
-            return y
-
-    net = Alias()
+    first, second = between(nn.Identity()), between(nn.ReLU())
+    first.m0 = second.m0  # known by the first of its names
+    net = chain(first=first, neck=conv(4, 3), second=second)
     flow = follow(net)
-    assert [finding.path for finding in binary_findings(net, flow, {"b"})] == ["unused"]
-    net.relu = nn.Hardtanh()
-    assert binary_findings(net, flow, {"b"}) == []
+    second.m0 = nn.Hardtanh()
+    assert [finding.path for finding in binary_findings(net, flow, {"first.b", "second.b"})] == ["first.m0"]
+    assert binary_findings(net, flow, {"second.b"}) == []
 
 
 class SharedBlock(nn.Module):

@@ -151,7 +151,7 @@ def test_evaluation_adds_up_signs_and_then_scales() -> None:
     layer: Any = module.net[7]
     x = torch.randn(5, 72)
     dot = F.linear(binary_sign(x).double(), binary_sign(layer.weight).double())
-    assert torch.equal(layer(x), dot.float() * layer.weight.abs().mean(1))
+    assert torch.equal(layer(x), dot.float() * layer.weight.abs().mean(1, dtype=torch.float64).float())
 
 
 def test_a_window_stands_in_front_of_every_binary_layer() -> None:
