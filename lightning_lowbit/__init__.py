@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 from lightning_lowbit.plugins.registration import register_strategies as _register_strategies
 
 if TYPE_CHECKING:
+    from lightning_lowbit.callbacks.binary_monitor import BinaryMonitor
     from lightning_lowbit.callbacks.calibrate import Calibrate
     from lightning_lowbit.callbacks.certificate import TrainingCertificate
+    from lightning_lowbit.callbacks.distill import Distill
     from lightning_lowbit.callbacks.fold import FoldBatchNorm
     from lightning_lowbit.callbacks.freeze import Freeze
     from lightning_lowbit.callbacks.quant import QuantCallback
+    from lightning_lowbit.export.packed import pack
     from lightning_lowbit.modules.base import Scheme, float_mode
     from lightning_lowbit.plugins.checkpoint import float_state_dict, load_from_checkpoint
     from lightning_lowbit.plugins.precision import LowBitPrecision, lowbit_step
@@ -28,8 +31,10 @@ if TYPE_CHECKING:
     from lightning_lowbit.schemes.tqt import Tqt
 
 __all__ = [
+    "BinaryMonitor",
     "Bnn",
     "Calibrate",
+    "Distill",
     "FoldBatchNorm",
     "Freeze",
     "LowBitDDPStrategy",
@@ -45,11 +50,14 @@ __all__ = [
     "float_state_dict",
     "load_from_checkpoint",
     "lowbit_step",
+    "pack",
     "summarize",
 ]
 
 # name -> the module that defines it
 _HOME = {
+    "BinaryMonitor": "callbacks.binary_monitor",
+    "Distill": "callbacks.distill",
     "Bnn": "schemes.bnn",
     "Calibrate": "callbacks.calibrate",
     "FoldBatchNorm": "callbacks.fold",
@@ -67,6 +75,7 @@ _HOME = {
     "float_state_dict": "plugins.checkpoint",
     "load_from_checkpoint": "plugins.checkpoint",
     "lowbit_step": "plugins.precision",
+    "pack": "export.packed",
     "summarize": "reports.summary",
 }
 

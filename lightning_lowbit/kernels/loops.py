@@ -32,6 +32,8 @@ __all__ = ["convolve", "make_panels", "multiply", "pack_channels", "pack_pixels"
 
 # Rows of about so many bytes stay in the second cache while the panels pass by.
 _BLOCK = 2**18
+# Panels of a convolution up to so many bytes stay in the first cache while the rows of the weight pass by.
+_PANELS = 2**14
 # So many pixels of a plane of words stay in the first cache while their channels pass by.
 _PIXELS = 1024
 
@@ -323,68 +325,73 @@ def convolve(
         words, channels: of one group.
     """
     kernel, hole, area = (kernel_h, kernel_w), (hole_h, hole_w), tall * wide
-    pixels, terms, planes, per_group = (
-        out_h * out_w,
-        kernel_h * kernel_w * words,
-        (outputs + 63) // 64,
-        outputs // groups,
-    )
+    pixels, terms = out_h * out_w, kernel_h * kernel_w * words
+    planes, per_group = (outputs + 63) // 64, outputs // groups
     edge, sense = np.empty(outputs, np.int32), np.empty(outputs, np.int32)
     if form == BITS_OF_ROWS:
         _limits(low, flip, outputs, edge, sense)
-    runs, starts, columns = (
-        np.empty((LANES, 5), np.int64),
-        np.empty(LANES, np.int64),
-        np.empty((kernel_w, LANES), np.int64),
-    )
-    panel, masks = np.zeros(terms * LANES + 8, np.int64), np.zeros((terms, LANES // 8), np.uint8)
-    base, tile = np.full(LANES, kernel_h * kernel_w * channels, np.int32), np.empty((ROWS, LANES), np.float32)
-    bits = np.empty((planes, LANES), np.int64)
+    # Neighboring panels together: their sums of one row are neighbors too, and the words of the row are at hand.
+    block = max(1, min(8, _PANELS // (8 * LANES * terms)))
+    counts, starts = np.empty(block, np.int64), np.empty(LANES, np.int64)
+    runs, columns = np.empty((block, LANES, 5), np.int64), np.empty((kernel_w, LANES), np.int64)
+    panels, masks = np.zeros((block, terms * LANES + 8), np.int64), np.zeros((block, terms, LANES // 8), np.uint8)
+    base = np.empty((block, LANES), np.int32)
+    base[:] = kernel_h * kernel_w * channels
+    tile, bits = np.empty((ROWS, LANES), np.float32), np.empty((block, planes, LANES), np.int64)
     sums = carray(as_pointer(out), (images, outputs, pixels), np.float32)
     signs = carray(as_pointer(out), (images, planes, pixels), np.int64)
     row_limits, rows_met = np.empty((kernel_h, 2), np.int64), np.empty(out_h, np.int64)
     column_limits, columns_met = np.empty((kernel_w, 2), np.int64), np.empty(out_w, np.int64)
     _limit_taps(height, out_h, kernel_h, stride_h, hole_h, top, row_limits, rows_met)
     _limit_taps(width, out_w, kernel_w, stride_w, hole_w, left, column_limits, columns_met)
-    for number in range(first_panel, last_panel):
-        count = _find_runs(number * LANES, images, pixels, out_w, runs)
-        if masked:
-            _mask(runs, count, words, channels, row_limits, column_limits, rows_met, columns_met, columns, base, masks)
-        last = count - 1
-        whole = runs[last, 0] + runs[last, 1] == LANES and runs[last, 2] == runs[0, 2]
+    for begin in range(first_panel, last_panel, block):
+        held = min(block, last_panel - begin)
+        for number in range(held):
+            counts[number] = _find_runs((begin + number) * LANES, images, pixels, out_w, runs[number])
+            if masked:
+                _mask(
+                    runs[number], counts[number], words, channels, row_limits, column_limits, rows_met, columns_met,
+                    columns, base[number], masks[number],
+                )  # fmt: skip
         if form == BITS_OF_ROWS:
             bits[:] = 0
         for group in range(groups):
-            for run in range(count):
-                plane = (runs[run, 2] * groups + group) * words
-                starts[run] = plane * area + runs[run, 3] * stride_h * wide + runs[run, 4] * stride_w
-            _gather(x, starts, runs, count, words, area, wide, kernel, stride_w, hole, panel.ctypes.data)
+            for number in range(held):
+                for run in range(counts[number]):
+                    plane = (runs[number, run, 2] * groups + group) * words
+                    corner = runs[number, run, 3] * stride_h * wide + runs[number, run, 4] * stride_w
+                    starts[run] = plane * area + corner
+                to = panels[number].ctypes.data
+                _gather(x, starts, runs[number], counts[number], words, area, wide, kernel, stride_w, hole, to)
             row, end = group * per_group, (group + 1) * per_group
             while row < end:
                 rows = ROWS if row + ROWS <= end and (form == FLOATS or row % 64 + ROWS <= 64) else 1
-                if form == BITS_OF_ROWS:
-                    to, step = bits.ctypes.data + 8 * (row // 64) * LANES, 0
-                elif whole:
-                    first = (runs[0, 2] * outputs + row) * pixels + runs[0, 3] * out_w + runs[0, 4]
-                    to, step = out + 4 * first, 4 * pixels
-                else:
-                    to, step = tile.ctypes.data, 4 * LANES
-                _product(
-                    rows, form, masked, weight + 8 * row * terms, panel.ctypes.data, masks.ctypes.data, terms,
-                    base.ctypes.data, edge.ctypes.data + 4 * row, sense.ctypes.data + 4 * row, to, step, row % 64,
-                )  # fmt: skip
-                if form == FLOATS and not whole:
-                    for run in range(count):
-                        lane, length, image = runs[run, 0], runs[run, 1], runs[run, 2]
-                        first = runs[run, 3] * out_w + runs[run, 4]
+                for number in range(held):
+                    last = counts[number] - 1
+                    whole = runs[number, last, 0] + runs[number, last, 1] == LANES
+                    whole = whole and runs[number, last, 2] == runs[number, 0, 2]
+                    if form == BITS_OF_ROWS:
+                        to, step = bits[number].ctypes.data + 8 * (row // 64) * LANES, 0
+                    elif whole:
+                        first = runs[number, 0, 3] * out_w + runs[number, 0, 4]
+                        to, step = out + 4 * ((runs[number, 0, 2] * outputs + row) * pixels + first), 4 * pixels
+                    else:
+                        to, step = tile.ctypes.data, 4 * LANES
+                    _product(
+                        rows, form, masked, weight + 8 * row * terms, panels[number].ctypes.data,
+                        masks[number].ctypes.data, terms, base[number].ctypes.data, edge.ctypes.data + 4 * row,
+                        sense.ctypes.data + 4 * row, to, step, row % 64,
+                    )  # fmt: skip
+                    if form == FLOATS and not whole:
                         for m in range(rows):
-                            for place in range(length):
-                                sums[image, row + m, first + place] = tile[m, lane + place]
+                            for run in range(last + 1):
+                                lane, first = runs[number, run, 0], runs[number, run, 3] * out_w + runs[number, run, 4]
+                                for place in range(runs[number, run, 1]):
+                                    sums[runs[number, run, 2], row + m, first + place] = tile[m, lane + place]
                 row += rows
-        if form == BITS_OF_ROWS:
-            for run in range(count):
-                lane, length, image = runs[run, 0], runs[run, 1], runs[run, 2]
-                first = runs[run, 3] * out_w + runs[run, 4]
+        for number in range(held if form == BITS_OF_ROWS else 0):
+            for run in range(counts[number]):
+                lane, first = runs[number, run, 0], runs[number, run, 3] * out_w + runs[number, run, 4]
                 for plane in range(planes):
-                    for place in range(length):
-                        signs[image, plane, first + place] = bits[plane, lane + place]
+                    for place in range(runs[number, run, 1]):
+                        signs[runs[number, run, 2], plane, first + place] = bits[number, plane, lane + place]
