@@ -10,7 +10,6 @@ import torch
 from recipe import SgdClassifier
 from resnet import ResNet
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightning_lowbit.modules.hinge import HingeLoss
 

@@ -29,11 +29,10 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import Timer
 from mnist import MnistData
 
-from lightning_lowbit import Bnn, QuantCallback
-from lightning_lowbit.callbacks.distill import Distill
+from lightning_lowbit import Bnn, Distill, QuantCallback, pack
 from lightning_lowbit.demos import DigitsData
-from lightning_lowbit.export.packed import pack, packing_of
-from lightning_lowbit.export.packed_sizes import save_packed
+from lightning_lowbit.export.packed import packing_of
+from lightning_lowbit.export.packed_file import save_packed
 
 MODEL: dict[str, dict[str, Any]] = {
     "digits_mlp": {"lr": 1e-2, "loss": "squared_hinge"},

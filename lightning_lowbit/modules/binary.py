@@ -51,20 +51,23 @@ class SignInput(_Binary):
         site: where it stands.
         ste: the stand-in for the sign's derivative.
         stochastic: draw the signs in training.
-        shift: learn a shift per channel in front of the sign (RSign, arXiv:2003.03488 eq. 3).
+        shift: learn a shift per channel in front of the sign (RSign, arXiv:2003.03488 eq. 3), from "zero" or from
+            minus the channel's "mean" in calibration; None without.
         detect_nan: raise where a NaN would become +1 in training.
     """
 
     progress: Tensor
     shift: nn.Parameter | None
 
-    def __init__(self, site: Site, ste: str, stochastic: bool, shift: bool, detect_nan: bool) -> None:
+    def __init__(self, site: Site, ste: str, stochastic: bool, shift: str | None, detect_nan: bool) -> None:
         super().__init__(site)
         self.ste, self.stochastic, self.detect_nan = ste, stochastic, detect_nan
         self.anneals = ste in ("annealed", "progressive")
         if self.anneals:
             self.register_buffer("progress", torch.zeros(()))
         self.shift = nn.Parameter(torch.zeros(site.channels)) if shift and site.channels else None
+        self.centered = shift == "mean"
+        self.__dict__["seen"] = []  # sums and counts of calibration
 
     def quantize(self, x: Tensor, rectify: bool = False) -> Tensor:
         if self.detect_nan and self.training and bool(torch.isnan(x).any()):
@@ -81,6 +84,23 @@ class SignInput(_Binary):
     def shifted(self, x: Tensor) -> Tensor:
         """x + b_c, what the sign is taken of."""
         return x if self.shift is None else x + along(self.shift, x, self.site)
+
+    def observe(self, x: Tensor) -> None:
+        if self.shift is not None and self.centered:
+            x = x if self.site.op == "linear" or x.dim() < 3 else x.movedim(1, -1)
+            flat = x.reshape(-1, x.shape[-1]).double()
+            self.__dict__["seen"].append(torch.cat([flat.sum(0), flat.new_tensor([len(flat)])]))
+
+    def forget(self) -> None:
+        self.__dict__["seen"] = []
+
+    @torch.no_grad()
+    def commit(self, all_reduce: AllReduce) -> None:
+        if self.shift is not None and self.centered:
+            empty = self.shift.new_zeros(len(self.shift) + 1, dtype=torch.float64)
+            *total, count = all_reduce(torch.stack([empty, *self.__dict__["seen"]]).sum(0), "sum")
+            self.shift.copy_(-torch.stack(total) / count.clamp_min(1))
+        self.set_ready()
 
     def saturated(self, x: Tensor) -> Tensor:
         """Values outside [-1, 1]: through most windows their gradient is 0."""

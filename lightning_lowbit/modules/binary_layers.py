@@ -102,9 +102,10 @@ def integer_end(layer: Any, x: Tensor) -> Tensor:
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # the kernels choose among libraries
 def _integer_end(layer: Any, x: Tensor) -> Tensor:
     source, weight, bias = layer.lowbit_input, layer.lowbit_weight, layer.lowbit_bias
-    unit = source.exponent() + weight.exponent()
+    values = on(weight, layer.weight)  # first: its range is that of the present weight
+    w = (values / pow2(weight.exponent())).to(torch.int8)
     codes = (on(source, x) / pow2(source.exponent())).to(torch.int8)
-    w = (on(weight, layer.weight) / pow2(weight.exponent())).to(torch.int8)
+    unit = source.exponent() + weight.exponent()
     if isinstance(layer, nn.Linear):
         acc = kernels.int8_matmul(codes.reshape(-1, w.shape[1]), w.t()).reshape(*x.shape[:-1], w.shape[0])
     else:

@@ -66,7 +66,8 @@ def swap(module: nn.Module, scheme: Scheme, by_name: bool, selection: Selection,
 
 def _warn(findings: list[str]) -> None:
     if findings:
-        rank_zero_warn("this network will train badly as it is:\n" + "\n".join(f"  - {finding}" for finding in findings))
+        listed = "".join(f"\n  - {finding}" for finding in findings)
+        rank_zero_warn(f"this network will train badly as it is:{listed}")
 
 
 def _late_layers(module: nn.Module, selection: Selection) -> bool:

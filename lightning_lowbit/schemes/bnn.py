@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.graph.network import Flow
+from lightning_lowbit.graph.ops import Kind
 from lightning_lowbit.graph.plan import Plan
 from lightning_lowbit.modules.base import Milestone, Moment, Scheme, Site, UpdateRule
 from lightning_lowbit.modules.binary import LatentSign, Rectifier, Replacement, SignInput
@@ -50,6 +51,8 @@ class Bnn(Scheme):
         relu: a rectifier whose result a binary layer reads: keep (all signs are +1: said once), hardtanh, prelu or
             rprelu (ReActNet).
         shift: learn a shift per channel in front of every input's sign (RSign, ReActNet).
+        shift_init: where shifts begin: zero, or mean (minus the channel's mean in calibration), with which a sign keeps
+            something of a rectifier's result: for float checkpoints.
         weights_at: when weights become binary: 0 at once, or later, after a first stage of binary inputs and float
             weights; fractions count from the start of quantization.
         latent_std: standard deviation to which weights are rescaled, tensor by tensor, when they become latent; no sign
@@ -79,6 +82,7 @@ class Bnn(Scheme):
     pad_value: Literal[0, 1] = 0
     relu: Replacement = "keep"
     shift: bool = False
+    shift_init: Literal["zero", "mean"] = "zero"
     weights_at: Moment = 0
     latent_std: float | Literal["auto"] | None = "auto"
     update: Literal["latent", "bop"] = "latent"
@@ -92,7 +96,7 @@ class Bnn(Scheme):
     def __post_init__(self) -> None:
         for option in (
             "ste", "weight_ste", "scale", "scale_grad", "stochastic", "first", "last", "depthwise", "pad_value", "relu",
-            "update",
+            "shift_init", "update",
         ):  # fmt: skip
             check_choice(type(self), option, getattr(self, option))
         if self.weight_ste in ("progressive", "annealed"):
@@ -157,7 +161,7 @@ class Bnn(Scheme):
             return BiasQuantizer(site, 32, own=False) if site.role == "bias" else RunningRange(site)
         if site.role == "input" and policy == "binary":
             stochastic = self.stochastic in ("activations", "both")
-            made = SignInput(site, self.ste, stochastic, self.shift, self.detect_nan)
+            made = SignInput(site, self.ste, stochastic, self.shift_init if self.shift else None, self.detect_nan)
         elif site.role == "weight":
             stochastic = self.stochastic in ("weights", "both")
             made = LatentSign(site, self.weight_ste, self.scale, self.scale_grad, stochastic, bool(self.weights_at))
@@ -181,6 +185,8 @@ class Bnn(Scheme):
     def findings(self, root: nn.Module, flow: Flow, plan: Plan) -> list[str]:
         binary = {layer.path for layer in plan.layers if _reads_signs(root.get_submodule(layer.path))}
         replaced = {op.call.name for op in plan.ops if _replaces(root.get_submodule(op.path))}
+        if self.shift and self.shift_init == "mean":  # signs are taken about a rectifier's mean
+            replaced |= {call.name for call in flow.calls if call.kind is Kind.RELU}
         return [str(finding) for finding in binary_findings(root, flow, binary, replaced)]
 
     def update_rule(self, modules: dict[str, nn.Module]) -> UpdateRule:

@@ -15,8 +15,8 @@ from torch import Tensor
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-import binary_networks  # noqa: E402
 import binary_nets  # noqa: E402
+import binary_networks  # noqa: E402
 import resnet  # noqa: E402
 
 from lightning_lowbit import Bnn, QuantCallback  # noqa: E402

@@ -14,8 +14,9 @@ from torch import nn
 
 from lightning_lowbit.errors import ConfigError, InvariantError
 from lightning_lowbit.export.packed import pack, packing_of
+from lightning_lowbit.export.packed_file import load_packed, save_packed
 from lightning_lowbit.export.packed_layers import PackedConv, PackedLinear
-from lightning_lowbit.export.packed_sizes import load_packed, packed_sizes, save_packed
+from lightning_lowbit.export.packed_sizes import packed_sizes
 from lightning_lowbit.schemes import convert
 
 

@@ -402,6 +402,25 @@ def test_a_compiled_caller_gets_the_same_bits() -> None:
         assert torch.equal(found, expected)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_same_integers() -> None:
+    x, w, limits = values(37, 130), values(53, 130, seed=1), threshold(53, 20)
+    weight = BinaryWeight(weight_words(w.cuda()), 130)
+    a = pack_signs(x.cuda())
+    assert torch.equal(a.cpu(), pack_signs(x))
+    expected = BinaryWeight(weight_words(w), 130)
+    assert torch.equal(xnor_linear(a, weight).cpu(), xnor_linear(a.cpu(), expected))
+    found = xnor_linear(a, weight, (limits[0].cuda(), limits[1].cuda()))
+    assert torch.equal(found.cpu(), xnor_linear(a.cpu(), expected, limits))
+    images, kernel = values(3, 70, 9, 11, seed=2), values(72, 70, 3, 3, seed=3)
+    sides = ((1, 1), (1, 1))
+    for pad_value in (0, 1):
+        near = Layer(images, kernel, (1, 1), sides, pad_value=pad_value)
+        far = Layer(images.cuda(), kernel.cuda(), (1, 1), sides, pad_value=pad_value)
+        assert torch.equal(far.run().cpu(), near.run())
+
+
 def test_nothing_in_nothing_out() -> None:
     weight = BinaryWeight(weight_words(values(3, 5)), 5)
     assert xnor_linear(pack_signs(values(0, 5)), weight).shape == (0, 3)

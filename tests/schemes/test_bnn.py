@@ -205,6 +205,16 @@ def test_int8_ends_add_up_integers_whatever_their_number() -> None:
     assert torch.equal(layer(x), exact.float() * torch.tensor(unit))
 
 
+def test_an_int8_weight_that_moved_is_evaluated_on_its_new_range_at_once() -> None:
+    module, x = converted(first="int8").eval(), torch.randn(4, 1, 6, 6)
+    module(x)
+    with torch.no_grad():
+        module.net[0].weight.mul_(4)  # type: ignore[union-attr, operator]
+    layer: Any = module.net[0]
+    first, second = layer(x), layer(x)
+    assert torch.equal(first, second)
+
+
 def test_detect_nan_names_the_layer() -> None:
     layer: Any = converted(detect_nan=True).train().net[7]
     with pytest.raises(ConfigError, match=r"net\.7\.lowbit_input: got NaN"):
@@ -261,6 +271,18 @@ def test_shifts_and_slopes_learn_though_the_user_s_optimizer_never_sees_them() -
     for name, parameter in ours.items():
         assert id(parameter) not in seen
         assert not torch.equal(parameter, torch.full_like(parameter, 0.25 if name.endswith("slope") else 0.0)), name
+
+
+def test_a_shift_may_begin_at_the_mean_so_that_a_rectifier_leaves_two_signs() -> None:
+    module, x = net(act=nn.ReLU), data().dataset[:6][0]
+    with torch.no_grad():
+        inputs = module.eval().net[:3](x)
+    convert(module, "bnn", x, shift=True, shift_init="mean")
+    layer: Any = module.net[3]
+    torch.testing.assert_close(layer.lowbit_input.shift, -inputs.mean((0, 2, 3)))
+    signs = layer.lowbit_input(inputs)
+    assert bool((signs == -1).any(0).any(-1).any(-1).all())
+    assert switch_of(module).conversion.findings == []
 
 
 def test_a_norm_is_one_affine_function_in_evaluation_and_torch_s_own_in_training() -> None:
