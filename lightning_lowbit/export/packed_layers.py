@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 
-from lightning_lowbit import kernels
 from lightning_lowbit.errors import ConfigError, InvariantError, UnsupportedModelError
 from lightning_lowbit.export.bits import Bits, Fold, Step
 from lightning_lowbit.graph.ops import Kind
@@ -22,7 +21,7 @@ from lightning_lowbit.kernels.binary import (
 )
 from lightning_lowbit.kernels.popcount import WORD
 from lightning_lowbit.modules.binary import along
-from lightning_lowbit.modules.binary_layers import finished, padding_of
+from lightning_lowbit.modules.binary_layers import end_result, end_settings, finished, padding_of
 from lightning_lowbit.numerics.affine import affine
 
 __all__ = ["Packed", "PackedConv", "PackedEnd", "PackedLinear", "PackedNorm", "Passed", "linear_words"]
@@ -230,34 +229,14 @@ class PackedEnd(Packed):
         super().__init__(path)
         for name in ("weight", "bias", "step", "unit"):
             self.register_buffer(name, tensors.get(name))
-        self.linear, self.qmax, self.axis = isinstance(layer, nn.Linear), layer.lowbit_input.qmax, layer.channel_axis
-        self.settings: dict[str, Any] = {}
-        if not self.linear:
-            sides = padding_of(layer)
-            one = len(sides) == 1
-            self.settings = {
-                "stride": layer.stride[0] if one else layer.stride,
-                "padding": sides[0] if one else tuple(sides),
-                "dilation": layer.dilation[0] if one else layer.dilation,
-                "groups": layer.groups,
-            }
+        self.qmax, self.axis = layer.lowbit_input.qmax, layer.channel_axis
+        self.settings = end_settings(layer)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # the kernels choose among libraries
     def forward(self, input: Tensor) -> Tensor:
         x = input if input.dtype == torch.float64 else input.float()
         codes = torch.round(x / self.step).clamp_(-self.qmax, self.qmax).to(torch.int8)
-        w = self.weight
-        if self.linear:
-            acc = kernels.int8_matmul(codes.reshape(-1, w.shape[1]), w.t()).reshape(*x.shape[:-1], w.shape[0])
-        else:
-            conv: Any = kernels.int8_conv1d if w.dim() == 3 else kernels.int8_conv2d
-            acc = conv(codes, w, **self.settings)
-        if self.bias is None:
-            return acc.float() * self.unit
-        if self.bias.is_floating_point():
-            return finished(acc.float() * self.unit, None, self.bias, self.axis)
-        shape = [-1] + [1] * (acc.dim() - 2 if self.axis == 1 else 0)
-        return (acc.to(torch.int64) + self.bias.to(torch.int64).reshape(shape)).float() * self.unit
+        return end_result(codes, self.weight, self.bias, self.unit, self.settings, self.axis)
 
     def spec(self) -> dict[str, Any]:
         return {**super().spec(), **self.settings}

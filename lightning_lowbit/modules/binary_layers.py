@@ -15,7 +15,9 @@ from lightning_lowbit.modules.quantizer import on
 from lightning_lowbit.numerics.affine import affine, affine_parameters
 from lightning_lowbit.numerics.exponent import pow2
 
-__all__ = ["binary_layer", "binary_norm", "finished", "integer_end", "padding_of", "products"]
+__all__ = [
+    "binary_layer", "binary_norm", "end_result", "end_settings", "finished", "integer_end", "padding_of", "products",
+]  # fmt: skip
 
 _CONV: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -101,24 +103,50 @@ def integer_end(layer: Any, x: Tensor) -> Tensor:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # the kernels choose among libraries
 def _integer_end(layer: Any, x: Tensor) -> Tensor:
-    source, weight, bias = layer.lowbit_input, layer.lowbit_weight, layer.lowbit_bias
+    source, weight, bias = layer.lowbit_input, layer.lowbit_weight, layer.bias
     values = on(weight, layer.weight)  # first: its range is that of the present weight
-    w = (values / pow2(weight.exponent())).to(torch.int8)
+    unit = pow2(source.exponent() + weight.exponent())
+    if bias is not None and layer.lowbit_bias is not None:
+        bias = (on(layer.lowbit_bias, bias) / unit).to(torch.int64)
     codes = (on(source, x) / pow2(source.exponent())).to(torch.int8)
-    unit = source.exponent() + weight.exponent()
+    w = (values / pow2(weight.exponent())).to(torch.int8)
+    return end_result(codes, w, bias, unit, end_settings(layer), layer.channel_axis)
+
+
+def end_settings(layer: Any) -> dict[str, Any]:
+    """What the int8 convolution of a layer takes beside its operands; nothing for a linear layer."""
     if isinstance(layer, nn.Linear):
-        acc = kernels.int8_matmul(codes.reshape(-1, w.shape[1]), w.t()).reshape(*x.shape[:-1], w.shape[0])
+        return {}
+    sides = padding_of(layer)
+    one = len(sides) == 1
+    return {
+        "stride": layer.stride[0] if one else layer.stride,
+        "padding": sides[0] if one else tuple(sides),
+        "dilation": layer.dilation[0] if one else layer.dilation,
+        "groups": layer.groups,
+    }
+
+
+def end_result(
+    codes: Tensor, w: Tensor, bias: Tensor | None, unit: Tensor, settings: dict[str, Any], axis: int
+) -> Tensor:
+    """(sum of products + bias) * unit: integers until the one conversion to float32, which rounds once.
+
+    Args:
+        codes, w: int8.
+        bias: integers in units of the sums, or a float that is added behind.
+        unit: 0-dim, a power of two.
+        settings: of the convolution.
+        axis: of the outputs in the result, 1 or -1.
+    """
+    if w.dim() == 2:
+        acc = kernels.int8_matmul(codes.reshape(-1, w.shape[1]), w.t()).reshape(*codes.shape[:-1], w.shape[0])
     else:
-        sides = padding_of(layer)
-        conv: Any = kernels.int8_conv1d if len(sides) == 1 else kernels.int8_conv2d
-        padding: Any = sides[0] if len(sides) == 1 else tuple(sides)
-        stride, dilation = (v[0] if len(sides) == 1 else v for v in (layer.stride, layer.dilation))
-        acc = conv(codes, w, stride=stride, padding=padding, dilation=dilation, groups=layer.groups)
-    if layer.bias is None:
-        return acc.float() * pow2(unit)
+        conv: Any = kernels.int8_conv1d if w.dim() == 3 else kernels.int8_conv2d
+        acc = conv(codes, w, **settings)
     if bias is None:
-        return finished(acc.float() * pow2(unit), None, layer.bias, layer.channel_axis)
-    biases = (on(bias, layer.bias) / pow2(unit)).to(torch.int64)
-    shape = [-1] + [1] * (acc.dim() - 2 if layer.channel_axis == 1 else 0)
-    total: Tensor = (acc.to(torch.int64) + biases.reshape(shape)).float() * pow2(unit)
-    return total
+        return acc.float() * unit
+    if bias.is_floating_point():
+        return finished(acc.float() * unit, None, bias, axis)
+    shape = [-1] + [1] * (acc.dim() - 2 if axis == 1 else 0)
+    return (acc.to(torch.int64) + bias.to(torch.int64).reshape(shape)).float() * unit
