@@ -24,11 +24,12 @@ lint: $(READY)
 bench: $(READY)
 	@$(BIN)/python benchmarks/qat_step.py
 	@$(BIN)/python benchmarks/int8_training.py
+	@$(BIN)/python benchmarks/binary_inference.py
 
 # Trains, kills -9 at random moments, resumes, and compares with a run that nobody disturbed. A PYTHON that is named
 # runs it as it is, with the package's dependencies installed.
 KILLS ?= 5
-SCHEMES ?= niti tqt
+SCHEMES ?= niti tqt bnn
 NAMED := $(findstring command,$(origin PYTHON))
 
 torture: $(if $(NAMED),,$(READY))

@@ -1,10 +1,10 @@
-"""Train a binary network beside the same network in float: accuracies, epoch by epoch.
+r"""Train a binary network beside the same network in float: accuracies, epoch by epoch.
 
     python examples/binary_networks.py --net digits_mlp --epochs 20
     python examples/binary_networks.py --net mnist_mlp --data.root mnist --epochs 10
-    python examples/binary_networks.py --net vgg --data.root cifar10.zip --epochs 10
+    python examples/binary_networks.py --net vgg --data.root cifar10.zip --epochs 8
     python examples/binary_networks.py --net resnet20 --data.root cifar10.zip --checkpoint resnet20-12fca82f.th \
-        --stages 4 6 --distill
+        --stages 1 2 --distill
 
 Both rows are ordinary ``Trainer.fit`` calls on the same LightningModule, which the second converts by one callback.
 With ``--packed file`` the last binary network is packed into words of 64 signs, checked and saved.
@@ -38,10 +38,10 @@ MODEL: dict[str, dict[str, Any]] = {
     "digits_mlp": {"lr": 1e-2, "loss": "squared_hinge"},
     "mnist_mlp": {"lr": 3e-3, "loss": "squared_hinge"},
     "vgg": {"lr": 5e-3},
-    "resnet20": {"lr": 1e-3, "weight_decay": 1e-5},
-    "resnet8": {"lr": 1e-3, "weight_decay": 1e-5},
+    "resnet20": {"lr": 5e-3, "weight_decay": 1e-5},
+    "resnet8": {"lr": 5e-3, "weight_decay": 1e-5},
 }
-TWO_STAGES = {"scale": "channel_mean", "ste": "approx", "relu": "prelu", "shift": True}
+TWO_STAGES = {"scale": "channel_mean", "ste": "approx", "relu": "prelu", "shift": True, "shift_init": "mean"}
 
 
 def images(args: argparse.Namespace, seed: int) -> LightningDataModule:

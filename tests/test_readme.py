@@ -56,7 +56,7 @@ def in_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_python_blocks_run_in_order(in_scratch: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    first, second, third = blocks("python")
+    first, second, third, fourth = blocks("python")
     namespace: dict[str, Any] = {}
     exec(first, namespace)
     assert namespace["quant"].metrics["trained"]
@@ -71,6 +71,9 @@ def test_python_blocks_run_in_order(in_scratch: Path, capsys: pytest.CaptureFixt
     exec(third, namespace)
     assert "training bit-identical on any machine: yes" in capsys.readouterr().out
     assert read_certificate(Path("certificate.json"))["records"]
+    exec(fourth, namespace)
+    assert "conv2" in capsys.readouterr().out
+    assert torch.equal(namespace["packed"](x), namespace["model"].eval()(x))
 
 
 def test_the_yaml_block_is_a_config_that_parses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -117,4 +117,4 @@ def _named(tensor: Tensor) -> str:
 
 
 def _ratio(large: int, small: int) -> str:
-    return f"{large / small:.1f}x" if small else ""
+    return f"{large / small:.1f}x" if large and small else ""

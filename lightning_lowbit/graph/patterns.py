@@ -174,8 +174,10 @@ class _Planner:
         if call.kind in (Kind.COMPUTE, Kind.BATCH_NORM) and call.path not in self.islands:
             op = "conv"
         multiplied = "compute" in wants or (known is not None and known.multiplied)
+        readers = [r.path for r in self._readers(call) if r.kind is Kind.COMPUTE and r.path in self.convertible]
+        last = all(self.ends[path][1] for path in readers if path) and (known is None or known.last)
         self.sites[key] = Site(
-            path, role, op, pattern, self._signed(call), channels=_channels(call), multiplied=multiplied,
+            path, role, op, pattern, self._signed(call), last=last, channels=_channels(call), multiplied=multiplied,
             slot="lowbit_output",
         )  # fmt: skip
 

@@ -23,7 +23,8 @@ class Site:
         op: conv2d, linear, relu, add, cat, avg_pool, ...
         pattern: what was merged, e.g. ``conv2d+bn+relu``.
         signed: False behind a rectifier, True where negative values are sure, None = the data decide.
-        first, last: the layer reads the network's input / no further layer reads its output.
+        first, last: the layer reads the network's input / no further layer reads its output. Of an output, last says
+            that no layers but last ones multiply it.
         depthwise: one input channel per group.
         source: role of the quantizer that the tensor has passed already, None when it comes in as float.
         channels: of the tensor (of a weight: of the layer's result), None where the layers around do not tell.

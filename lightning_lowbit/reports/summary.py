@@ -111,6 +111,13 @@ def claims(module: nn.Module, report: Summary) -> list[str]:
         reasons.append("float operations between layers")
     if conversion.skipped or conversion.float_by_nature:
         reasons.append("float layers")
+    low = [module for _, module in low_bit_modules(module)]
+    norms = sum(getattr(part, "island", False) and not part.scheme.carries_errors for part in low)
+    if norms:
+        reasons.append(f"{norms} float batch norms between integer sums")
+    rectifiers = sum(isinstance(q, Quantizer) and not q.has_grid for q in module.modules())
+    if rectifiers:
+        reasons.append(f"{rectifiers} float activations")
     exact = "yes, up to the float result of the last layer" if not reasons else f"no: {'; '.join(reasons)}"
     return [f"evaluation integer-exact: {exact}", f"training bit-identical on any machine: {_identical(module)}"]
 

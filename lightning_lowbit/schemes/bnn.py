@@ -153,7 +153,8 @@ class Bnn(Scheme):
     def quantizer(self, site: Site) -> Quantizer | None:
         made: SignInput | LatentSign | None = None
         if site.role in ("output", "operand") and site.op == "relu":
-            return Rectifier(site, self.relu) if site.multiplied and self.relu != "keep" else None
+            read = site.multiplied and self.policy(site) == "binary"
+            return Rectifier(site, self.relu) if read and self.relu != "keep" else None
         if site.role not in ("input", "weight", "bias"):
             return None
         policy = self.policy(site)

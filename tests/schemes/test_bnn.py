@@ -145,6 +145,13 @@ def test_what_trains_badly_is_warned_of_once_and_stands_in_the_report() -> None:
     assert any(note.startswith("trains badly: net.2") for note in summarize(module).notes)
 
 
+def test_the_report_claims_no_more_than_integer_sums() -> None:
+    module = net(act=nn.ReLU)
+    convert(module, "bnn", data().dataset[:6][0], first="int8", last="int8", relu="prelu")
+    (claim,) = [note for note in summarize(module).notes if note.startswith("evaluation integer-exact")]
+    assert claim == ("evaluation integer-exact: no: 3 float batch norms between integer sums; 2 float activations")
+
+
 # -- layers --------------------------------------------------------------------------------------------------
 def test_evaluation_adds_up_signs_and_then_scales() -> None:
     module = converted(scale="channel_mean").eval()
