@@ -140,6 +140,9 @@ class _Finder:
         if isinstance(module, LowBitBatchNorm):
             if not module.island or module.running_mean is None or module.lowbit_output is not None:
                 raise _Refusal(f"{path} is no norm with moving statistics")
+            producer: Any = self.root.get_submodule(chain.producer)
+            if module.num_features != producer.weight.shape[0]:
+                raise _Refusal(f"{path} counts {module.num_features} channels along another axis")
             if chain.norm >= 0:
                 raise _Refusal(f"{path} is a second norm")
             chain.norm, chain.per_channel = len(chain.steps), True
@@ -147,7 +150,8 @@ class _Finder:
             rectifier = module.lowbit_output
             if rectifier is not None and not isinstance(rectifier, Rectifier):
                 raise _Refusal(f"{path} has a grid of its own")
-            chain.per_channel |= rectifier is not None and rectifier.slope is not None
+            along_rows = rectifier is not None and rectifier.site.behind == 0
+            chain.per_channel |= rectifier is not None and rectifier.slope is not None and not along_rows
         self._sign_wise(chain, path)
         chain.absorbed.append(path)
         chain.steps.append(Step("module", (path,)))
@@ -288,7 +292,9 @@ def not_monotone(root: nn.Module, chain: Chain) -> str | None:
     tensors = [layer.weight, *([] if layer.bias is None else [layer.bias])]
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
         return "its parameters are not finite"
-    return None
+    outputs, k = layer.weight.shape[0], layer.weight[0].numel()
+    extremes = [_following(root, chain)(torch.full((outputs,), dot)) for dot in (-k, k)]
+    return "its values overflow" if any(bool(torch.isnan(x).any()) for x in extremes) else None
 
 
 def _slope(function: Any) -> Tensor | None:
@@ -307,21 +313,28 @@ def _slope(function: Any) -> Tensor | None:
     return found
 
 
+def _following(root: nn.Module, chain: Chain) -> Callable[[Tensor], Tensor]:
+    """From one sum a channel to what the next sign is taken of: scale, bias and all that follows."""
+    layer: Any = root.get_submodule(chain.producer)
+    weight = layer.lowbit_weight
+    scale = None if weight.scaling == "none" else weight.scale(layer.weight)
+    shape = (1, -1) if isinstance(layer, nn.Linear) else (1, -1, *[1] * len(layer.kernel_size))
+
+    def values(dot: Tensor) -> Tensor:
+        x = dot.to(layer.weight.device, torch.float32).reshape(shape)
+        x = finished(x, scale, layer.bias, 1 - layer.weight.dim())
+        for function in chain.functions:
+            x = function(x)
+        return x.reshape(-1).cpu()
+
+    return values
+
+
 @torch.no_grad()
 def thresholds(root: nn.Module, chain: Chain) -> tuple[Tensor, Tensor]:
     """low and flip of a layer: its scale, its bias and all that follows, decided by the functions themselves."""
     layer: Any = root.get_submodule(chain.producer)
     outputs, k = layer.weight.shape[0], layer.weight[0].numel()
-    weight = layer.lowbit_weight
-    scale = None if weight.scaling == "none" else weight.scale(layer.weight)
-    shape = (1, -1) if isinstance(layer, nn.Linear) else (1, -1, *[1] * len(layer.kernel_size))
-
-    def positive(dot: Tensor) -> Tensor:
-        x = dot.to(layer.weight.device, torch.float32).reshape(shape)
-        x = finished(x, scale, layer.bias, layer.channel_axis)
-        for function in chain.functions:
-            x = function(x)
-        return ~(x < 0).reshape(-1).cpu()
-
-    low, flip = sign_thresholds(positive, k, outputs)
+    values = _following(root, chain)
+    low, flip = sign_thresholds(lambda dot: ~(values(dot) < 0), k, outputs)
     return low.to(layer.weight.device), flip.to(layer.weight.device)

@@ -270,7 +270,7 @@ def _binary_tensors(root: nn.Module, layer: Any, chain: Chain | None, pixels: in
 def _end_tensors(layer: Any) -> dict[str, Tensor]:
     source, quantizer, bias = layer.lowbit_input, layer.lowbit_weight, layer.lowbit_bias
     grid = quantizer(layer.weight)  # first: it sets the weight's range
-    unit = pow2(source.exponent() + quantizer.exponent())
+    unit = pow2(source.exponent() + quantizer.exponent()).to(layer.weight.dtype)
     found = {
         "weight": (grid / pow2(quantizer.exponent())).to(torch.int8),
         "step": pow2(source.exponent()),

@@ -85,7 +85,10 @@ def load_packed(module: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             device = next((p.device for p in root.get_submodule(name).parameters()), torch.device("cpu"))
             return {key: state[f"{name}.{key}"].to(device) for key in layers[name]["tensors"]}
 
-        packed = build(root, binary, ends, chains, packing, tensors)
+        try:
+            packed = build(root, binary, ends, chains, packing, tensors)
+        except KeyError as error:
+            raise ConfigError(f"{path}: it does not fit this network, which needs a tensor {error} more.") from error
     for name, child in packed.named_modules():
         if isinstance(child, Packed) and child.spec() != layers.get(name):
             raise _other(path, name, f"the file says {layers.get(name)}, this network {child.spec()}")
@@ -118,9 +121,11 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, dict[str, Any]], dict
             raise ConfigError(f"{path}: damaged, it lacks {key!r}. Save it again with save_packed.")
     layers, state = file["layers"], file["state"]
     for name, spec in layers.items():
+        if not isinstance(spec, dict) or not isinstance(spec.get("tensors"), dict):
+            raise ConfigError(f"{path}: damaged, the entry of {name} says {spec!r}. Save it again with save_packed.")
         for key, (dtype, shape) in spec["tensors"].items():
             found = state.get(f"{name}.{key}")
-            if found is None:
+            if not isinstance(found, Tensor):
                 raise ConfigError(f"{path}: damaged, it lacks {name}.{key}. Save it again with save_packed.")
             if str(found.dtype) != dtype or tuple(found.shape) != tuple(shape):
                 raise ConfigError(

@@ -72,7 +72,7 @@ class _PackedBinary(Packed):
     scale: Tensor | None
     bias: Tensor | None
     shift: Tensor | None
-    axis = 1
+    axis = -1  # of the outputs in the result, from the end
 
     def __init__(
         self, path: str, layer: Any, tensors: dict[str, Tensor], fold: Fold | None, per_channel: bool = False
@@ -127,8 +127,6 @@ class PackedLinear(_PackedBinary):
         pixels: of the flattened images that it reads in the order of their planes; 0 where it reads features.
     """
 
-    axis = -1
-
     def __init__(
         self, path: str, layer: Any, tensors: dict[str, Tensor], fold: Fold | None, per_channel: bool = False,
         pixels: int = 0,
@@ -173,6 +171,7 @@ class PackedConv(_PackedBinary):
     ) -> None:
         super().__init__(path, layer, tensors, fold, per_channel)
         self.axes = len(layer.kernel_size)
+        self.axis = -1 - self.axes
         lead = (0,) if self.axes == 1 else ()
         self.stride = (*(1 for _ in lead), *layer.stride)
         self.dilation = (*(1 for _ in lead), *layer.dilation)
@@ -229,14 +228,14 @@ class PackedEnd(Packed):
         super().__init__(path)
         for name in ("weight", "bias", "step", "unit"):
             self.register_buffer(name, tensors.get(name))
-        self.qmax, self.axis = layer.lowbit_input.qmax, layer.channel_axis
+        self.qmax = layer.lowbit_input.qmax
         self.settings = end_settings(layer)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # the kernels choose among libraries
     def forward(self, input: Tensor) -> Tensor:
         x = input if input.dtype == torch.float64 else input.float()
         codes = torch.round(x / self.step).clamp_(-self.qmax, self.qmax).to(torch.int8)
-        return end_result(codes, self.weight, self.bias, self.unit, self.settings, self.axis)
+        return end_result(codes, self.weight, self.bias, self.unit, self.settings)
 
     def spec(self) -> dict[str, Any]:
         return {**super().spec(), **self.settings}

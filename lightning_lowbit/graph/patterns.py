@@ -176,9 +176,10 @@ class _Planner:
         multiplied = "compute" in wants or (known is not None and known.multiplied)
         readers = [r.path for r in self._readers(call) if r.kind is Kind.COMPUTE and r.path in self.convertible]
         last = all(self.ends[path][1] for path in readers if path) and (known is None or known.last)
+        channels, behind = _channels(call)
         self.sites[key] = Site(
-            path, role, op, pattern, self._signed(call), last=last, channels=_channels(call), multiplied=multiplied,
-            slot="lowbit_output",
+            path, role, op, pattern, self._signed(call), last=last, channels=channels, behind=behind,
+            multiplied=multiplied, slot="lowbit_output",
         )  # fmt: skip
 
     def _signed(self, call: Call) -> bool | None:
@@ -245,7 +246,7 @@ class _Planner:
         channels = getattr(call.target, "in_channels", getattr(call.target, "in_features", None))
         site = Site(
             call.path, "input", COMPUTE[type(call.target)], "", signed, source=role, channels=channels,
-            multiplied=True, slot="lowbit_input",
+            behind=len(getattr(call.target, "kernel_size", ())), multiplied=True, slot="lowbit_input",
         )  # fmt: skip
         known = self.sites.get(site.key)
         if known is not None:  # called again; what arrives on two grids, or on none, is quantized by the layer itself
@@ -329,11 +330,12 @@ def _word(call: Call) -> str:
     return call.key[0] if call.path is None else type(call.target).__name__.lower()
 
 
-def _channels(call: Call) -> int | None:
-    """Channels of a call's result, known from the layer or norm behind it."""
+def _channels(call: Call) -> tuple[int | None, int | None]:
+    """Channels of a call's result and how many axes lie behind theirs, known from the layer or norm behind it."""
     for name in ("out_channels", "out_features", "num_features"):
         if call.kind in (Kind.COMPUTE, Kind.BATCH_NORM) and hasattr(call.target, name):
-            return int(getattr(call.target, name))
+            behind = len(getattr(call.target, "kernel_size", ())) if call.kind is Kind.COMPUTE else None
+            return int(getattr(call.target, name)), behind
     if call.kind not in (Kind.RELU, Kind.ACTIVATION, Kind.ADD, Kind.AVG_POOL) or not call.inputs:
-        return None  # what moves values may move them between channels
+        return None, None  # what moves values may move them between channels
     return _channels(call.inputs[0])

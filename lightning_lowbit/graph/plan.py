@@ -28,6 +28,8 @@ class Site:
         depthwise: one input channel per group.
         source: role of the quantizer that the tensor has passed already, None when it comes in as float.
         channels: of the tensor (of a weight: of the layer's result), None where the layers around do not tell.
+        behind: how many axes lie behind that of the channels: 0 of a linear layer's features, 2 of images; None is all
+            but the first two.
         multiplied: whether a converted layer reads it.
         slot: name of the quantizer in its module.
     """
@@ -42,6 +44,7 @@ class Site:
     depthwise: bool = False
     source: str | None = None
     channels: int | None = None
+    behind: int | None = None
     multiplied: bool = False
     slot: str = ""
 

@@ -173,8 +173,13 @@ class UpdateRule(ABC):
     def step(self, owned: set[str], context: StepContext) -> None:
         """Update the low-bit modules at the paths ``owned``: the stepping optimizer holds their weights."""
 
-    def milestone(self, what: str, reached: bool, when: int) -> None:  # noqa: B027  # optional
-        """A scheduled event, due from step ``when`` on: reached, or (again) not yet."""
+    def milestone(self, what: str, reached: bool, when: int) -> bool | None:
+        """A scheduled event, due from step ``when`` on: reached, or (again) not yet.
+
+        Returns:
+            True where other weights are in place now, so that averages of the old ones mean nothing.
+        """
+        return None
 
     def waiting(self) -> list[str]:
         """Names of trained parameters that hold a gradient which no step has used."""
@@ -204,6 +209,7 @@ class Scheme:
     carries_errors: ClassVar[bool] = False  # tensors and errors are carriers; training runs with autocast off
     reproducible: ClassVar[bool] = False  # the package's own sample order is used unless the user declines
     ties: ClassVar[bool] = True  # tensors that are added or joined share one step
+    weight_ties: ClassVar[bool] = True  # quantizers of one weight are a tie
 
     def replace(self, **options: Any) -> Self:
         """The same scheme with other options."""

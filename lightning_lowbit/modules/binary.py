@@ -12,7 +12,7 @@ from lightning_lowbit.errors import ConfigError, InvariantError
 from lightning_lowbit.modules.base import Scheme, Site
 from lightning_lowbit.modules.integer_rounding import random_bits
 from lightning_lowbit.modules.quantizer import Quantizer
-from lightning_lowbit.numerics.binary import binarize, binary_sign, channel_mean, scaled_sign
+from lightning_lowbit.numerics.binary import binarize, binary_sign, channel_mean, leaky, scaled_sign
 from lightning_lowbit.numerics.grid import Grid
 from lightning_lowbit.numerics.observers import AllReduce
 
@@ -87,7 +87,7 @@ class SignInput(_Binary):
 
     def observe(self, x: Tensor) -> None:
         if self.shift is not None and self.centered:
-            x = x if self.site.op == "linear" or x.dim() < 3 else x.movedim(1, -1)
+            x = x.movedim(-1 - behind(x, self.site), -1)
             flat = x.reshape(-1, x.shape[-1]).double()
             self.__dict__["seen"].append(torch.cat([flat.sum(0), flat.new_tensor([len(flat)])]))
 
@@ -139,7 +139,7 @@ class LatentSign(_Binary):
         grad = (
             "unit" if self.scaling == "max" else self.scale_grad
         )  # max: s is a constant, the gradient passes as it is
-        return scaled_sign(x, self.scale(x), self.ste, grad, u)
+        return scaled_sign(x, self.scale(x), self.ste, grad, u, self.gain)
 
     def scale(self, w: Tensor) -> Tensor:
         """What the signs are multiplied with: 0-dim, or [outputs, 1, ...]. Nothing is ever divided by it."""
@@ -151,6 +151,7 @@ class LatentSign(_Binary):
     def adopt(self) -> None:
         """The layer's weight becomes latent: pretrained ones, of order 0.01, would have any step flip them.
 
+        Called on the first of the layers that share it.
         They are rescaled as a whole, which changes no sign; ``gain`` takes the factor back where magnitudes count.
         """
         weight, wanted = self.layer.weight, self.scheme.latent_std  # type: ignore[attr-defined]  # a Bnn's
@@ -158,9 +159,11 @@ class LatentSign(_Binary):
             weight.copy_(binary_sign(weight))
             return
         spread = weight.std(correction=0)
-        if isinstance(wanted, float) and bool(spread > 0):
+        if wanted is not None and wanted != "auto" and bool(spread > 0):
             weight.mul_(wanted / spread)
-            self.gain.mul_(spread / wanted)
+            for member in self.group:  # layers that share the weight
+                assert isinstance(member, LatentSign)
+                member.gain.mul_(spread / wanted)
         self.clip()
 
     def clip(self) -> None:
@@ -211,7 +214,7 @@ class Rectifier(Quantizer):
             return x.clamp(-1, 1)  # closed, unlike F.hardtanh: a value clipped to 1 goes on learning
         if self.before is not None:
             x = x + along(-self.before, x, self.site)  # x - gamma would negate a whole gradient on the way back
-        x = F.prelu(x, self.slope) if x.dim() > 1 else torch.where(x > 0, x, self.slope * x)
+        x = leaky(x, along(self.slope, x, self.site))
         return x if self.after is None else x + along(self.after, x, self.site)
 
     def forward(self, x: Tensor, rectify: bool = False) -> Tensor:
@@ -231,7 +234,10 @@ class Rectifier(Quantizer):
 
 
 def along(parameter: Tensor, x: Tensor, site: Site) -> Tensor:
-    """A parameter per channel in the shape that broadcasts against x: channels on axis 1, features on the last."""
-    if site.op == "linear" or x.dim() < 3:
-        return parameter
-    return parameter.reshape(-1, *([1] * (x.dim() - 2)))
+    """A parameter per channel in the shape that broadcasts against x."""
+    return parameter.reshape(-1, *([1] * behind(x, site)))
+
+
+def behind(x: Tensor, site: Site) -> int:
+    """How many axes of x lie behind that of its channels."""
+    return max(x.dim() - 2, 0) if site.behind is None else site.behind

@@ -31,7 +31,7 @@ def binary_layer(layer: Any, x: Tensor) -> Tensor:
     x, weight = on(layer.lowbit_input, x), layer.lowbit_weight
     bare = isinstance(weight, LatentSign) and weight.ready and weight.scaling != "none" and not layer.training
     scale = weight.scale(layer.weight) if bare else None
-    return finished(products(layer, x, on(weight, layer.weight)), scale, layer.bias, layer.channel_axis)
+    return finished(products(layer, x, on(weight, layer.weight)), scale, layer.bias, 1 - layer.weight.dim())
 
 
 def products(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -54,9 +54,9 @@ def finished(dot: Tensor, scale: Tensor | None, bias: Tensor | None, axis: int) 
         dot: sums, [N, outputs, ...] or [..., outputs].
         scale: 0-dim or one per output, any shape.
         bias: [outputs].
-        axis: of the outputs in dot, 1 or -1.
+        axis: of the outputs in dot, from the end: -1 of a linear layer, -3 of images, batched or not.
     """
-    shape = [-1] + [1] * (dot.dim() - 2 if axis == 1 else 0)
+    shape = [-1] + [1] * (-1 - axis)
     if scale is not None:
         dot = dot * (scale.reshape(shape) if scale.numel() > 1 else scale.reshape(()))
     return dot if bias is None else dot + bias.reshape(shape)
@@ -105,12 +105,12 @@ def integer_end(layer: Any, x: Tensor) -> Tensor:
 def _integer_end(layer: Any, x: Tensor) -> Tensor:
     source, weight, bias = layer.lowbit_input, layer.lowbit_weight, layer.bias
     values = on(weight, layer.weight)  # first: its range is that of the present weight
-    unit = pow2(source.exponent() + weight.exponent())
+    unit = pow2(source.exponent() + weight.exponent()).to(layer.weight.dtype)
     if bias is not None and layer.lowbit_bias is not None:
         bias = (on(layer.lowbit_bias, bias) / unit).to(torch.int64)
     codes = (on(source, x) / pow2(source.exponent())).to(torch.int8)
     w = (values / pow2(weight.exponent())).to(torch.int8)
-    return end_result(codes, w, bias, unit, end_settings(layer), layer.channel_axis)
+    return end_result(codes, w, bias, unit, end_settings(layer))
 
 
 def end_settings(layer: Any) -> dict[str, Any]:
@@ -127,17 +127,14 @@ def end_settings(layer: Any) -> dict[str, Any]:
     }
 
 
-def end_result(
-    codes: Tensor, w: Tensor, bias: Tensor | None, unit: Tensor, settings: dict[str, Any], axis: int
-) -> Tensor:
-    """(sum of products + bias) * unit: integers until the one conversion to float32, which rounds once.
+def end_result(codes: Tensor, w: Tensor, bias: Tensor | None, unit: Tensor, settings: dict[str, Any]) -> Tensor:
+    """(sum of products + bias) * unit: integers until the one conversion to the type of ``unit``, which rounds once.
 
     Args:
         codes, w: int8.
         bias: integers in units of the sums, or a float that is added behind.
         unit: 0-dim, a power of two.
         settings: of the convolution.
-        axis: of the outputs in the result, 1 or -1.
     """
     if w.dim() == 2:
         acc = kernels.int8_matmul(codes.reshape(-1, w.shape[1]), w.t()).reshape(*codes.shape[:-1], w.shape[0])
@@ -145,8 +142,8 @@ def end_result(
         conv: Any = kernels.int8_conv1d if w.dim() == 3 else kernels.int8_conv2d
         acc = conv(codes, w, **settings)
     if bias is None:
-        return acc.float() * unit
+        return acc.to(unit.dtype) * unit
     if bias.is_floating_point():
-        return finished(acc.float() * unit, None, bias, axis)
-    shape = [-1] + [1] * (acc.dim() - 2 if axis == 1 else 0)
-    return (acc.to(torch.int64) + bias.to(torch.int64).reshape(shape)).float() * unit
+        return finished(acc.to(unit.dtype) * unit, None, bias, 1 - w.dim())
+    shape = [-1] + [1] * (w.dim() - 2)
+    return (acc.to(torch.int64) + bias.to(torch.int64).reshape(shape)).to(unit.dtype) * unit

@@ -1,6 +1,6 @@
 """What keeps a network of signs from learning, found in its data flow before a step is trained.
 
-The rules are those of docs/bnn.md, sections 5, 6, 9 and 14. Code that could not be followed gives no finding.
+The rules are those of docs/bnn.md, section 5. Code that could not be followed gives no finding.
 """
 
 from __future__ import annotations

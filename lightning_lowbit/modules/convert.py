@@ -112,8 +112,8 @@ def convert_module(
     result = Report(skipped=left_out(root, selection, scheme, ends(root, flow)), float_by_nature=float_by_nature(root))
     wanted = wanted_layers(root, result.skipped)
     plan = make_plan(root, flow, wanted, *norms_to_keep(root, scheme))
-    if not scheme.ties:
-        plan.ties = []
+    wanted_ties = (scheme.ties, scheme.weight_ties)
+    plan.ties = [tie for tie in plan.ties if wanted_ties[tie[0].endswith(".lowbit_weight")]]
     result.uncovered = _uncovered(root, flow, wanted)
     builder = _Builder(root, scheme, plan, flow)
     builder.build(ties)

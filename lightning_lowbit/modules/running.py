@@ -50,7 +50,8 @@ class RunningRange(Quantizer):
         if self.site.role == "weight":
             self.largest.copy_(x.detach().abs().amax())
         elif self.training:
-            seen = x.detach().abs().amax().float()
+            seen = x.detach().abs().amax().to(self.largest.dtype)
+            seen = torch.where(torch.isfinite(seen), seen, self.largest)  # one bad batch must not end all averages
             self.largest.lerp_(self.switch.run.reduce_max(seen), _MOMENTUM)
         return fake_quantize(x, self.exponent(), qmin=-self.qmax, qmax=self.qmax)
 

@@ -70,14 +70,21 @@ def calibrate_before_evaluation(
     return True
 
 
-def update_averages(trainer: Any, module: nn.Module) -> None:
-    """Averaged copies were made of the float network; from here on they average grids."""
+def update_averages(trainer: Any, module: nn.Module, weights: bool = False) -> None:
+    """Averaged copies were made of the float network; from here on they average grids.
+
+    With ``weights`` they begin anew as a whole, since the network's weights are others.
+    """
     for callback in trainer.callbacks:
         copy = getattr(callback, "_average_model", None)
         if copy is None:
             continue
+        wrapped = isinstance(copy, torch.optim.swa_utils.AveragedModel)
+        if weights:
+            (copy.module if wrapped else copy).load_state_dict(module.state_dict())
+            continue
         twins = dict(copy.named_modules())
-        prefix = "module." if isinstance(copy, torch.optim.swa_utils.AveragedModel) else ""
+        prefix = "module." if wrapped else ""
         for path, quantizer in quantizers(module):
             twin = twins.get(f"{prefix}{path}")
             if twin is not None:

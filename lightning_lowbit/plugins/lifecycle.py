@@ -288,7 +288,8 @@ class Lifecycle(Callback):
         reached = (self.schedule.reached(step), suspended)
         if reached != self._reached:
             self._reached = reached
-            self.schedule.apply(pl_module, self.rule, step, suspended)
+            if self.schedule.apply(pl_module, self.rule, step, suspended):
+                update_averages(trainer, pl_module, weights=True)
 
     @staticmethod
     def step(trainer: Any) -> int:

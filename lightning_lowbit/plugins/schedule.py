@@ -93,14 +93,20 @@ class Schedule:
                 else:
                     raise ConfigError(message)
 
-    def apply(self, model: Any, rule: UpdateRule | None, step: int, suspended: frozenset[str] = frozenset()) -> None:
-        """Tell all low-bit modules and the rule what is reached at ``step``; idempotent and reversible."""
+    def apply(self, model: Any, rule: UpdateRule | None, step: int, suspended: frozenset[str] = frozenset()) -> bool:
+        """Tell all low-bit modules and the rule what is reached at ``step``; idempotent and reversible.
+
+        Returns:
+            whether the rule put other weights in place.
+        """
+        replaced = False
         for what, when in self.steps.items():
             reached = step >= when and what not in suspended
             for _, module in low_bit_modules(model):
                 module.milestone(what, reached)
             if rule is not None:
-                rule.milestone(what, reached, when)
+                replaced |= bool(rule.milestone(what, reached, when))
+        return replaced
 
     def reached(self, step: int) -> tuple[bool, ...]:
         """Changes exactly when ``apply`` has something to say."""

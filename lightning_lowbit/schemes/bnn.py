@@ -1,6 +1,6 @@
 """BNN: signs in place of numbers (Courbariaux, Hubara et al., arXiv:1602.02830; XNOR-Net, Bi-Real Net, ReActNet, Bop).
 
-Section numbers in this file are those of docs/bnn.md. A binary layer multiplies signs with signs, so that its sums are
+A binary layer multiplies signs with signs, so that its sums are
 counts of agreeing bits; latent weights in float learn through the signs, and batch norms stay float.
 """
 
@@ -43,7 +43,7 @@ class Bnn(Scheme):
         weight_ste: the same for the sign of a latent weight.
         scale: what a weight's signs are multiplied with: none, max (of the tensor) or channel_mean (XNOR-Net).
         scale_grad: gradient that passes a channel_mean: unit (as in Bi-Real), alpha (as in larq) or full.
-        stochastic: draw signs in training, of activations, of weights or of both.
+        stochastic: draw signs in training, of activations (not under ste="progressive", a ramp), of weights or of both.
         first: the first layer (by data flow): float, float_input (binary weights), binary, or int8.
         last: the last layer, likewise.
         depthwise: depthwise convolutions: float or binary.
@@ -104,7 +104,13 @@ class Bnn(Scheme):
                 f"Bnn(weight_ste={self.weight_ste!r}): it anneals the signs of activations (ste=). Take identity, "
                 "htanh, approx or swish for weights."
             )
+        if self.weights_at is None:
+            raise ConfigError(
+                "Bnn(weights_at=None): weights that never become binary. Give a moment, or 0 for at once."
+            )
         check_moment("Bnn: weights_at", self.weights_at)
+        if self.shift_init != "zero" and not self.shift:
+            raise ConfigError(f"Bnn(shift_init={self.shift_init!r}) without shift=True: there is no shift to begin.")
         for option, low, high in (
             ("bop_gamma", 0, 1),
             ("bop_threshold", 0, float("inf")),
@@ -112,11 +118,10 @@ class Bnn(Scheme):
         ):
             if not low <= getattr(self, option) <= high:
                 raise ConfigError(f"Bnn({option}={getattr(self, option)!r}): expected a number from {low} to {high}.")
-        if isinstance(self.latent_std, str):
-            if self.latent_std != "auto":
-                raise ConfigError(f"Bnn(latent_std={self.latent_std!r}): expected a positive number, 'auto' or None.")
-        elif self.latent_std is not None and not self.latent_std > 0:
-            raise ConfigError(f"Bnn(latent_std={self.latent_std!r}): expected a positive number, 'auto' or None.")
+        std = self.latent_std
+        known = 0 < std < float("inf") if isinstance(std, (int, float)) else std in ("auto", None)
+        if not known:
+            raise ConfigError(f"Bnn(latent_std={std!r}): expected a positive number, 'auto' or None.")
         if self.update == "bop" and (self.scale != "none" or self.stochastic in ("weights", "both") or self.weights_at):
             raise ConfigError(
                 "Bnn(update='bop'): its weights are signs and nothing else; leave scale='none', stochastic='none' or "

@@ -52,17 +52,23 @@ class LatentRule(UpdateRule):
                         parameters[f"{child.site.key}.{name}"], owners[f"{child.site.key}.{name}"] = parameter, path
         self.private = PrivateOptimizer(parameters, owners, lambda found: torch.optim.Adam(found, scheme.param_lr))
         self.staged = False
+        self.kept: bool | None = None  # the weights were binary before this fit, and stay so
         self.entered: int | None = None  # the step that begins the second stage, in this session
         self.begun: int | None = None
 
     # -- stages -------------------------------------------------------------------------------------------
-    def milestone(self, what: str, reached: bool, when: int) -> None:
-        """The second stage: weights become latent. What is done once is remembered, over a resume too."""
+    def milestone(self, what: str, reached: bool, when: int) -> bool:
+        """The second stage: weights become latent. What is done once is remembered, over a resume and further fits."""
+        if self.kept is None:
+            self.kept = bool(self.layers) and all(layer.lowbit_weight.ready for layer in self.layers.values())
+            self.staged |= self.kept
+        reached, adopted = reached or self.kept, reached and not (self.staged or self.kept)
         for layer in self.layers.values():
             layer.lowbit_weight.set_ready(reached)
-        if reached and not self.staged:
+        if adopted:
             for layer in self.layers.values():
-                layer.lowbit_weight.adopt()
+                if layer.lowbit_weight.group[0] is layer.lowbit_weight:
+                    layer.lowbit_weight.adopt()
             for norm in self.norms:
                 if norm.num_batches_tracked is not None:
                     norm.num_batches_tracked.zero_()
@@ -71,6 +77,7 @@ class LatentRule(UpdateRule):
             known = norm.num_batches_tracked
             norm.since = int(known) if reached and known is not None else None
         self.staged = reached
+        return adopted
 
     def before_step(self, optimizer: Optimizer, context: StepContext) -> None:
         """The second stage begins without memory of the first, and without weight decay, which drains inertia."""

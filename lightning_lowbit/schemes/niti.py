@@ -97,6 +97,7 @@ class Niti(Scheme):
     carries_errors: ClassVar[bool] = True
     reproducible: ClassVar[bool] = True
     ties: ClassVar[bool] = False
+    weight_ties: ClassVar[bool] = False
 
     mu: int | tuple[int, ...] | None = None
     mu_at: tuple[Moment, ...] = (0, 0.5, 0.75)
