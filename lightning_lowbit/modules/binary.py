@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal
 
 import torch
@@ -68,6 +69,7 @@ class SignInput(_Binary):
         self.shift = nn.Parameter(torch.zeros(site.channels)) if shift and site.channels else None
         self.centered = shift == "mean"
         self.__dict__["seen"] = []  # sums and counts of calibration
+        self.__dict__["below"] = None  # whether the network's input has a negative value, 0-dim
 
     def quantize(self, x: Tensor, rectify: bool = False) -> Tensor:
         if self.detect_nan and self.training and bool(torch.isnan(x).any()):
@@ -86,16 +88,27 @@ class SignInput(_Binary):
         return x if self.shift is None else x + along(self.shift, x, self.site)
 
     def observe(self, x: Tensor) -> None:
+        if self.site.first:
+            below = (x < 0).any().float()
+            known = self.__dict__["below"]
+            self.__dict__["below"] = below if known is None else torch.maximum(below, known)
         if self.shift is not None and self.centered:
             x = x.movedim(-1 - behind(x, self.site), -1)
             flat = x.reshape(-1, x.shape[-1]).double()
             self.__dict__["seen"].append(torch.cat([flat.sum(0), flat.new_tensor([len(flat)])]))
 
     def forget(self) -> None:
-        self.__dict__["seen"] = []
+        self.__dict__["seen"], self.__dict__["below"] = [], None
 
     @torch.no_grad()
     def commit(self, all_reduce: AllReduce) -> None:
+        below = self.__dict__["below"]
+        if below is not None and not self.centered and not bool(all_reduce(below, "max")):
+            warnings.warn(
+                f"{self.site.key}: the network's input has no negative value in calibration, so that every sign is +1. "
+                "Center the data, or keep that layer's input with Bnn(first='int8') or 'float_input'.",
+                stacklevel=2,
+            )
         if self.shift is not None and self.centered:
             empty = self.shift.new_zeros(len(self.shift) + 1, dtype=torch.float64)
             *total, count = all_reduce(torch.stack([empty, *self.__dict__["seen"]]).sum(0), "sum")

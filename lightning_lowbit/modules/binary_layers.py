@@ -140,7 +140,9 @@ def end_result(codes: Tensor, w: Tensor, bias: Tensor | None, unit: Tensor, sett
         acc = kernels.int8_matmul(codes.reshape(-1, w.shape[1]), w.t()).reshape(*codes.shape[:-1], w.shape[0])
     else:
         conv: Any = kernels.int8_conv1d if w.dim() == 3 else kernels.int8_conv2d
-        acc = conv(codes, w, **settings)
+        batched = codes.dim() == w.dim()
+        acc = conv(codes if batched else codes.unsqueeze(0), w, **settings)
+        acc = acc if batched else acc.squeeze(0)
     if bias is None:
         return acc.to(unit.dtype) * unit
     if bias.is_floating_point():

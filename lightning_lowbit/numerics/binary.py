@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "STES", "Ste", "binarize", "binary_sign", "channel_mean", "leaky", "probability_sign", "progressive_width", "scaled_sign",
-    "swish_slope",
+    "STES", "Ste", "binarize", "binary_sign", "channel_mean", "leaky", "probability_sign", "progressive_width",
+    "scaled_sign", "swish_slope",
 ]  # fmt: skip
 
 Ste = Literal["identity", "htanh", "approx", "swish", "annealed", "progressive"]

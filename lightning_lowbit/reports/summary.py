@@ -84,9 +84,10 @@ def summarize(module: nn.Module, tally: Tally | None = None) -> Summary:
     total = len(conversion.layers) + len(conversion.skipped)
     shared = f", {len(report.ties)} shared grid{'s' * (len(report.ties) > 1)}" if report.ties else ""
     report.notes.append(f"{len(conversion.layers)} of {total} layers low-bit, scheme {low[0][1].scheme.name}{shared}")
+    signs = any(row.grid is not None and row.grid.binary for row in report.rows)
     report.notes.append(
-        "grid: int4·2^-3 = signed 4-bit codes worth 2^-3 each; a layer's is input × weights. saturated: "
-        "share of the worst of its tensors. exact: its float sums are proved to be the integer sums"
+        f"grid: int4·2^-3 = signed 4-bit codes worth 2^-3 each{', ±1 = signs' * signs}; a layer's is input × weights. "
+        "saturated: share of the worst of its tensors. exact: its float sums are proved to be the integer sums"
     )
     report.notes += [f"skipped: {path} ({why})" for path, why in conversion.skipped.items()]
     if conversion.float_by_nature:

@@ -1,7 +1,7 @@
 """BNN: signs in place of numbers (Courbariaux, Hubara et al., arXiv:1602.02830; XNOR-Net, Bi-Real Net, ReActNet, Bop).
 
-A binary layer multiplies signs with signs, so that its sums are
-counts of agreeing bits; latent weights in float learn through the signs, and batch norms stay float.
+A binary layer multiplies signs with signs, so that its sums are counts of agreeing bits; latent weights in float learn
+through the signs, and batch norms stay float.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Bnn(Scheme):
         weight_ste: the same for the sign of a latent weight.
         scale: what a weight's signs are multiplied with: none, max (of the tensor) or channel_mean (XNOR-Net).
         scale_grad: gradient that passes a channel_mean: unit (as in Bi-Real), alpha (as in larq) or full.
-        stochastic: draw signs in training, of activations (not under ste="progressive", a ramp), of weights or of both.
+        stochastic: draw signs in training, of activations (but under ste="progressive"), of weights or of both.
         first: the first layer (by data flow): float, float_input (binary weights), binary, or int8.
         last: the last layer, likewise.
         depthwise: depthwise convolutions: float or binary.
@@ -51,8 +51,8 @@ class Bnn(Scheme):
         relu: a rectifier whose result a binary layer reads: keep (all signs are +1: said once), hardtanh, prelu or
             rprelu (ReActNet).
         shift: learn a shift per channel in front of every input's sign (RSign, ReActNet).
-        shift_init: where shifts begin: zero, or mean (minus the channel's mean in calibration), with which a sign keeps
-            something of a rectifier's result: for float checkpoints.
+        shift_init: where shifts begin: zero (as published), or mean (minus the channel's mean in calibration), with
+            which a sign keeps something of a rectifier's result; auto is mean for weights that come from elsewhere.
         weights_at: when weights become binary: 0 at once, or later, after a first stage of binary inputs and float
             weights; fractions count from the start of quantization.
         latent_std: standard deviation to which weights are rescaled, tensor by tensor, when they become latent; no sign
@@ -82,7 +82,7 @@ class Bnn(Scheme):
     pad_value: Literal[0, 1] = 0
     relu: Replacement = "keep"
     shift: bool = False
-    shift_init: Literal["zero", "mean"] = "zero"
+    shift_init: Literal["auto", "zero", "mean"] = "auto"
     weights_at: Moment = 0
     latent_std: float | Literal["auto"] | None = "auto"
     update: Literal["latent", "bop"] = "latent"
@@ -109,7 +109,7 @@ class Bnn(Scheme):
                 "Bnn(weights_at=None): weights that never become binary. Give a moment, or 0 for at once."
             )
         check_moment("Bnn: weights_at", self.weights_at)
-        if self.shift_init != "zero" and not self.shift:
+        if self.shift_init == "mean" and not self.shift:
             raise ConfigError(f"Bnn(shift_init={self.shift_init!r}) without shift=True: there is no shift to begin.")
         for option, low, high in (
             ("bop_gamma", 0, 1),
@@ -131,11 +131,16 @@ class Bnn(Scheme):
     # -- the seam ----------------------------------------------------------------------------------------------
     def adapted_to(self, root: nn.Module, pretrained: bool) -> Bnn:
         seen = pretrained or any(has_seen_data(module) for module in root.modules())
-        return self.replace(latent_std=0.3 if seen else None) if self.latent_std == "auto" else self
+        return self._decided(0.3 if seen else None, "mean" if seen and self.shift else "zero")
 
     def like(self, other: Scheme) -> Bnn:
-        decided = self.latent_std == "auto" and isinstance(other, Bnn)
-        return self.replace(latent_std=other.latent_std) if decided else self  # type: ignore[attr-defined]
+        return self._decided(other.latent_std, other.shift_init) if isinstance(other, Bnn) else self
+
+    def _decided(self, latent_std: float | str | None, shift_init: str) -> Bnn:
+        return self.replace(
+            latent_std=latent_std if self.latent_std == "auto" else self.latent_std,
+            shift_init=shift_init if self.shift_init == "auto" else self.shift_init,
+        )
 
     def leaves_float(self, site: Site, module: nn.Module) -> str | None:
         if not isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):

@@ -15,7 +15,7 @@ from schemes.conformance import trainer as quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_lowbit import Bnn, QuantCallback, convert, lowbit_step, summarize
+from lightning_lowbit import Bnn, QuantCallback, convert, load_from_checkpoint, lowbit_step, summarize
 from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.modules.base import switch_of
 from lightning_lowbit.modules.binary import LatentSign, Rectifier, SignInput
@@ -87,8 +87,24 @@ def binary_layers(module: nn.Module) -> list[Any]:
         ({"update": "bop", "scale": "channel_mean"}, "its weights are signs and nothing else"),
         ({"weights_at": 1.5}, "weights_at"),
         ({"pad_value": 2}, "pad_value=2"),
+        ({"weights_at": None}, "never become binary"),
+        ({"shift_init": "mean"}, "without shift=True"),
+        ({"latent_std": float("inf")}, "latent_std=inf"),
     ],
-    ids=["ste", "first", "weight_ste", "zero_std", "word_std", "gamma", "bop", "moment", "pad"],
+    ids=[
+        "ste",
+        "first",
+        "weight_ste",
+        "zero_std",
+        "word_std",
+        "gamma",
+        "bop",
+        "moment",
+        "pad",
+        "never",
+        "no_shift",
+        "inf",
+    ],
 )
 def test_a_wrong_option_says_what_is_allowed(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
@@ -311,6 +327,37 @@ def test_a_norm_is_one_affine_function_in_evaluation_and_torch_s_own_in_training
     assert torch.equal(norm.train()(x), twin.train()(x))
 
 
+@pytest.mark.parametrize("tokens", [5, 8], ids=["other", "equal"])
+@pytest.mark.parametrize("kind", ["prelu", "rprelu"])
+def test_slopes_and_shifts_go_along_features_wherever_they_stand(kind: str, tokens: int) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 3))
+    x = torch.randn(6, tokens, 4)
+    convert(module, "bnn", x, relu=kind, shift=True)
+    op: Any = module[1]
+    with torch.no_grad():
+        op.lowbit_output.slope.copy_(torch.linspace(0, 1, 8))
+    y = torch.randn(6, tokens, 8)
+    assert torch.equal(op(y), torch.where(y > 0, y, torch.linspace(0, 1, 8) * y))
+    assert torch.equal(module(x), torch.stack([module(sample) for sample in x]))
+
+
+def test_one_image_is_a_batch_of_one() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(2, 6, 1), nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 6, 3), nn.Conv2d(6, 2, 1))
+    x = torch.randn(4, 2, 6, 6)
+    convert(module, "bnn", x, scale="channel_mean", shift=True, first="int8", last="int8")
+    with torch.no_grad():
+        module[1].lowbit_input.shift.normal_()  # type: ignore[union-attr, operator]
+        assert torch.equal(module.eval()(x[0]), module(x[:1])[0])
+
+
+def test_an_input_without_a_negative_value_is_warned_of() -> None:
+    module = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    with pytest.warns(UserWarning, match=r"0\.lowbit_input: the network's input has no negative value.*int8"):
+        convert(module, "bnn", torch.rand(6, 4), first="binary")
+
+
 # -- latents and stages --------------------------------------------------------------------------------------
 def test_latents_are_clipped_behind_every_step_and_biases_are_not() -> None:
     for clip in (False, True):
@@ -429,6 +476,53 @@ def test_before_its_time_a_weight_is_real_and_its_input_is_not() -> None:
     layer: Any = module.net[7]
     x = torch.randn(4, 72)
     torch.testing.assert_close(layer(x), F.linear(binary_sign(x), layer.weight))
+
+
+def test_a_further_fit_stays_in_the_second_stage() -> None:
+    module, watch = net(), Watch()
+    scheme = Bnn(weights_at=0.5)
+    trainer(QuantCallback(scheme)).fit(module, data())
+    trainer(QuantCallback(scheme), watch).fit(module, data())
+    assert watch.ready == [True] * 8
+    assert watch.moments == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
+def test_averages_begin_anew_with_the_second_stage(tmp_path: Path) -> None:
+    module = net()
+    run = trainer(QuantCallback(Bnn(weights_at=0.5, latent_std=0.3)), EMAWeightAveraging(decay=0.999))
+    run.fit(module, data())
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    state = torch.load(tmp_path / "end.ckpt")["state_dict"]
+    assert float(state["net.3.lowbit_weight.initialized"]) == 1.0
+    assert float(state["net.3.lowbit_weight.gain"]) == pytest.approx(module.net[3].lowbit_weight.gain.item())  # type: ignore[union-attr]
+    again = load_from_checkpoint(Net, tmp_path / "end.ckpt").eval()
+    x = torch.randn(4, 1, 6, 6)
+    assert torch.equal(again(x), module.eval()(x))
+
+
+def test_layers_that_share_a_latent_share_its_gain() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(*(nn.Linear(5, 5) for _ in range(4)))
+    module[2].weight = module[1].weight
+    before = module[1].weight.detach().abs().mean(1)  # type: ignore[operator]
+    convert(module, "bnn", torch.randn(4, 5), scale="channel_mean", latent_std=0.1)
+    for layer in (module[1], module[2]):
+        torch.testing.assert_close(layer.lowbit_weight.scale(layer.weight).flatten(), before)  # type: ignore[union-attr, operator]
+
+
+def test_a_batch_that_is_not_finite_leaves_the_range_as_it_was() -> None:
+    layer: Any = converted(first="int8").train().net[0]
+    before = layer.lowbit_input.largest.clone()
+    layer(torch.full((2, 1, 6, 6), float("inf")))
+    layer(torch.full((2, 1, 6, 6), float("nan")))
+    assert torch.equal(layer.lowbit_input.largest, before)
+
+
+def test_double_precision_runs_with_int8_ends() -> None:
+    module = net()
+    trainer(QuantCallback(Bnn(first="int8", last="int8")), precision="64-true").fit(module, data())
+    assert module.eval()(torch.randn(2, 1, 6, 6, dtype=torch.float64)).dtype == torch.float64
 
 
 # -- Bop -----------------------------------------------------------------------------------------------------
