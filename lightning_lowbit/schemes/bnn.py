@@ -56,8 +56,8 @@ class Bnn(Scheme):
         weights_at: when weights become binary: 0 at once, or later, after a first stage of binary inputs and float
             weights; fractions count from the start of quantization.
         latent_std: standard deviation to which weights are rescaled, tensor by tensor, when they become latent; no sign
-            changes. None leaves them; "auto" is 0.3 for weights that come from elsewhere (init_from=, or batch norms
-            that have seen data), None else.
+            changes. None leaves them; "auto" is 0.3 for weights that come from elsewhere (init_from=, batch norms
+            that have seen data) or from a first stage, None else.
         update: latent (the user's optimizer moves latent weights, clipped to [-1, 1]) or bop (no latents: a sign flips
             when the mean of its gradients says so).
         bop_gamma: how fast that mean forgets.
@@ -131,7 +131,8 @@ class Bnn(Scheme):
     # -- the seam ----------------------------------------------------------------------------------------------
     def adapted_to(self, root: nn.Module, pretrained: bool) -> Bnn:
         seen = pretrained or any(has_seen_data(module) for module in root.modules())
-        return self._decided(0.3 if seen else None, "mean" if seen and self.shift else "zero")
+        trained = seen or bool(self.weights_at)  # by the first stage
+        return self._decided(0.3 if trained else None, "mean" if seen and self.shift else "zero")
 
     def like(self, other: Scheme) -> Bnn:
         return self._decided(other.latent_std, other.shift_init) if isinstance(other, Bnn) else self

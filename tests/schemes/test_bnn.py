@@ -420,6 +420,7 @@ def test_auto_rescales_only_what_has_been_trained() -> None:
     assert Bnn().adapted_to(fresh, False).latent_std is None
     assert Bnn().adapted_to(fresh, True).latent_std == 0.3
     assert Bnn().adapted_to(seen, False).latent_std == 0.3
+    assert Bnn(weights_at=0.5).adapted_to(fresh, False).latent_std == 0.3
     assert Bnn(latent_std=0.1).adapted_to(seen, False).latent_std == 0.1
 
 
