@@ -121,9 +121,10 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, dict[str, Any]], dict
             raise ConfigError(f"{path}: damaged, it lacks {key!r}. Save it again with save_packed.")
     layers, state = file["layers"], file["state"]
     for name, spec in layers.items():
-        if not isinstance(spec, dict) or not isinstance(spec.get("tensors"), dict):
+        entries = spec.get("tensors") if isinstance(spec, dict) else None
+        if not isinstance(entries, dict) or not all(isinstance(e, tuple) and len(e) == 2 for e in entries.values()):
             raise ConfigError(f"{path}: damaged, the entry of {name} says {spec!r}. Save it again with save_packed.")
-        for key, (dtype, shape) in spec["tensors"].items():
+        for key, (dtype, shape) in entries.items():
             found = state.get(f"{name}.{key}")
             if not isinstance(found, Tensor):
                 raise ConfigError(f"{path}: damaged, it lacks {name}.{key}. Save it again with save_packed.")

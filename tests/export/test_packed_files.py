@@ -163,6 +163,12 @@ def test_wrong_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (net, written("2.pt", lambda file: file.pop("state")), "2.pt: damaged, it lacks 'state'"),
         (net, written("3.pt", lambda file: file["state"].pop("conv1.words")), "3.pt: damaged, it lacks conv1.words"),
         (net, written("4.pt", lambda file: file["state"].pop("fc1.flip")), "4.pt: damaged, it lacks fc1.flip"),
+        (net, written("5a.pt", lambda file: file["layers"].update(conv1=3)), "5a.pt: damaged, the entry of conv1"),
+        (
+            net,
+            written("5b.pt", lambda file: file["layers"]["conv1"].update(tensors={"words": ("torch.int64",)})),
+            "5b.pt: damaged, the entry of conv1",
+        ),
         (net, written("5.pt", lambda file: file["state"].pop("fc2.bias")), "5.pt: damaged, it lacks fc2.bias"),
         (net, written("6.pt", lambda file: file["state"].update(x=torch.ones(1))), "6.pt: it does not fit .*x"),
         (
