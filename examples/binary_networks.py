@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,8 +23,8 @@ import torch
 from binary_nets import NETS, BinaryClassifier
 from cifar import CifarData
 from finetune_resnet20 import load_public
-from integer_training import Curve, Result, table
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from integer_training import Curve, Result, over_seeds, quiet_trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import Timer
 from mnist import MnistData
 
@@ -52,7 +51,7 @@ def images(args: argparse.Namespace, seed: int) -> LightningDataModule:
     return CifarData(args.root, args.batch_size, seed, args.cache)
 
 
-def run(row: str, data: LightningDataModule, args: argparse.Namespace, seed: int) -> tuple[float, list[float], float]:
+def run(row: str, data: LightningDataModule, args: argparse.Namespace) -> tuple[float, list[float], float]:
     """Train one row with one seed: accuracy before, after each epoch, and minutes of training."""
     epochs = sum(args.stages) if args.stages else args.epochs
     restart = args.stages[0] / epochs if args.stages and row == "bnn" else None
@@ -66,18 +65,7 @@ def run(row: str, data: LightningDataModule, args: argparse.Namespace, seed: int
         callbacks.append(quant)
         if args.distill:
             callbacks.append(Distill(str(args.checkpoint)))
-    trainer = Trainer(
-        max_epochs=epochs,
-        limit_train_batches=args.steps_per_epoch,
-        callbacks=callbacks,
-        accelerator=args.accelerator,
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=args.progress,
-        num_sanity_val_steps=0,
-    )
+    trainer = quiet_trainer(epochs, callbacks, args)
     if quant is None:
         if args.checkpoint is not None:
             load_public(model, args.checkpoint)
@@ -130,20 +118,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
     args = parser.parse_args(argv)
     if args.root is None and args.net != "digits_mlp":
         parser.error(f"--net {args.net} needs --data.root")
-    # The data is in memory, where workers would only take cores from the network.
-    warnings.filterwarnings("ignore", message=".*does not have many workers")
-
-    results: dict[str, Result] = {}
-    for row in args.rows:
-        results[row] = Result()
-        for seed in args.seeds:
-            seed_everything(seed, verbose=False)
-            before, epochs, minutes = run(row, images(args, seed), args, seed)
-            print(f"{row}, seed {seed}: {before:.2f} -> {epochs[-1]:.2f} in {minutes:.1f} min", flush=True)
-            results[row].before.append(before)
-            results[row].epochs.append(epochs)
-            results[row].minutes.append(minutes)
-    print(f"\n{table(results)}")
+    results = over_seeds(args, lambda row, seed: run(row, images(args, seed), args))
     if args.json:
         args.json.write_text(json.dumps({row: asdict(result) for row, result in results.items()}, indent=1))
     return results

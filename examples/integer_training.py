@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -69,6 +69,42 @@ def images(args: argparse.Namespace, seed: int) -> LightningDataModule:
     return CifarData(args.root, args.batch_size, seed, args.cache)
 
 
+def quiet_trainer(epochs: int, callbacks: list[Callback], args: argparse.Namespace) -> Trainer:
+    """One device, nothing written, nothing printed but what the callbacks print."""
+    return Trainer(
+        max_epochs=epochs,
+        limit_train_batches=args.steps_per_epoch,
+        callbacks=callbacks,
+        accelerator=args.accelerator,
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=args.progress,
+        num_sanity_val_steps=0,
+    )
+
+
+def over_seeds(
+    args: argparse.Namespace, run: Callable[[str, int], tuple[float, list[float], float]]
+) -> dict[str, Result]:
+    """Run every row with every seed, say what came of it, and print the table."""
+    # The data is in memory, where workers would only take cores from the network.
+    warnings.filterwarnings("ignore", message=".*does not have many workers")
+    results: dict[str, Result] = {}
+    for row in args.rows:
+        results[row] = Result()
+        for seed in args.seeds:
+            seed_everything(seed, verbose=False)
+            before, epochs, minutes = run(row, seed)
+            print(f"{row}, seed {seed}: {before:.2f} -> {epochs[-1]:.2f} in {minutes:.1f} min", flush=True)
+            results[row].before.append(before)
+            results[row].epochs.append(epochs)
+            results[row].minutes.append(minutes)
+    print(f"\n{table(results)}")
+    return results
+
+
 def run(row: str, data: LightningDataModule, args: argparse.Namespace) -> tuple[float, list[float], float]:
     """Train one row with one seed: accuracy before, after each epoch, and minutes of training."""
     model, timer, curve = network(args.net), Timer(), Curve()
@@ -80,18 +116,7 @@ def run(row: str, data: LightningDataModule, args: argparse.Namespace) -> tuple[
         callbacks.append(quant)
         if args.certificate is not None:
             callbacks.append(TrainingCertificate(path=str(args.certificate)))
-    trainer = Trainer(
-        max_epochs=args.epochs,
-        limit_train_batches=args.steps_per_epoch,
-        callbacks=callbacks,
-        accelerator=args.accelerator,
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=args.progress,
-        num_sanity_val_steps=0,
-    )
+    trainer = quiet_trainer(args.epochs, callbacks, args)
     if quant is None:
         if isinstance(model, LitResNet) and args.checkpoint is not None:
             load_public(model, args.checkpoint)
@@ -140,22 +165,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
     args = parser.parse_args(argv)
     if args.root is None and args.net in ("lenet", "vgg_small", "resnet20"):
         parser.error(f"--net {args.net} needs --data.root")
-    # The data is in memory, where workers would only take cores from the network.
-    warnings.filterwarnings("ignore", message=".*does not have many workers")
 
-    results: dict[str, Result] = {}
-    for row in args.rows:
-        results[row] = Result()
-        for seed in args.seeds:
-            seed_everything(seed, verbose=False)
-            if row == "niti":
-                args.niti = {**args.niti, "seed": seed}
-            before, epochs, minutes = run(row, images(args, seed), args)
-            print(f"{row}, seed {seed}: {before:.2f} -> {epochs[-1]:.2f} in {minutes:.1f} min", flush=True)
-            results[row].before.append(before)
-            results[row].epochs.append(epochs)
-            results[row].minutes.append(minutes)
-    print(f"\n{table(results)}")
+    def seeded(row: str, seed: int) -> tuple[float, list[float], float]:
+        if row == "niti":
+            args.niti = {**args.niti, "seed": seed}
+        return run(row, images(args, seed), args)
+
+    results = over_seeds(args, seeded)
     if args.certificate is not None and "niti" in args.rows:
         print(f"\nCertificate of the integer run: {args.certificate}")
     if args.json:
