@@ -21,7 +21,8 @@ from lightning_lowbit.kernels.binary import (
 )
 from lightning_lowbit.kernels.popcount import WORD
 from lightning_lowbit.modules.binary import along
-from lightning_lowbit.modules.binary_layers import end_result, end_settings, finished, padding_of
+from lightning_lowbit.modules.binary_layers import end_result, finished
+from lightning_lowbit.modules.layers import padding_of, product_settings
 from lightning_lowbit.numerics.affine import affine
 
 __all__ = ["Packed", "PackedConv", "PackedEnd", "PackedLinear", "PackedNorm", "Passed", "linear_words"]
@@ -229,7 +230,7 @@ class PackedEnd(Packed):
         for name in ("weight", "bias", "step", "unit"):
             self.register_buffer(name, tensors.get(name))
         self.qmax = layer.lowbit_input.qmax
-        self.settings = end_settings(layer)
+        self.settings = product_settings(layer)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # the kernels choose among libraries
     def forward(self, input: Tensor) -> Tensor:

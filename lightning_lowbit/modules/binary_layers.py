@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from lightning_lowbit import kernels
 from lightning_lowbit.modules.binary import LatentSign
 from lightning_lowbit.modules.integer_layers import unsupported
+from lightning_lowbit.modules.layers import padding_of, product_settings
 from lightning_lowbit.modules.quantizer import on
 from lightning_lowbit.numerics.affine import affine, affine_parameters
 from lightning_lowbit.numerics.exponent import pow2
 
 __all__ = [
-    "binary_layer", "binary_norm", "end_result", "end_settings", "finished", "integer_end", "padding_of", "products",
+    "binary_layer", "binary_norm", "end_result", "finished", "integer_end", "products",
 ]  # fmt: skip
 
 _CONV: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -62,16 +63,6 @@ def finished(dot: Tensor, scale: Tensor | None, bias: Tensor | None, axis: int) 
     return dot if bias is None else dot + bias.reshape(shape)
 
 
-def padding_of(layer: Any) -> list[tuple[int, int]]:
-    """(before, after) per axis, for padding in numbers, "same" or "valid"."""
-    if layer.padding == "valid":
-        return [(0, 0)] * len(layer.kernel_size)
-    if layer.padding == "same":
-        totals = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-        return [(total // 2, total - total // 2) for total in totals]
-    return [(p, p) for p in layer.padding]
-
-
 def binary_norm(norm: Any, x: Tensor) -> Tensor:
     """A batch norm: torch's while it trains, one affine function of its moving statistics in evaluation."""
     if norm.training or norm.running_mean is None:
@@ -110,21 +101,7 @@ def _integer_end(layer: Any, x: Tensor) -> Tensor:
         bias = (on(layer.lowbit_bias, bias) / unit).to(torch.int64)
     codes = (on(source, x) / pow2(source.exponent())).to(torch.int8)
     w = (values / pow2(weight.exponent())).to(torch.int8)
-    return end_result(codes, w, bias, unit, end_settings(layer))
-
-
-def end_settings(layer: Any) -> dict[str, Any]:
-    """What the int8 convolution of a layer takes beside its operands; nothing for a linear layer."""
-    if isinstance(layer, nn.Linear):
-        return {}
-    sides = padding_of(layer)
-    one = len(sides) == 1
-    return {
-        "stride": layer.stride[0] if one else layer.stride,
-        "padding": sides[0] if one else tuple(sides),
-        "dilation": layer.dilation[0] if one else layer.dilation,
-        "groups": layer.groups,
-    }
+    return end_result(codes, w, bias, unit, product_settings(layer))
 
 
 def end_result(codes: Tensor, w: Tensor, bias: Tensor | None, unit: Tensor, settings: dict[str, Any]) -> Tensor:

@@ -13,7 +13,7 @@ from lightning_lowbit.modules.block import BiasCodes, WeightCodes
 from lightning_lowbit.modules.carrier import Carrier, apply, is_codes
 from lightning_lowbit.modules.elementwise import LowBitReLU
 from lightning_lowbit.modules.integer_rounding import error_codes, rounded
-from lightning_lowbit.modules.layers import LowBitConv1d, LowBitConv2d, LowBitLayer, LowBitLinear
+from lightning_lowbit.modules.layers import LowBitConv1d, LowBitConv2d, LowBitLayer, LowBitLinear, product_settings
 from lightning_lowbit.numerics.block import ShiftRounding, align, shift_round
 from lightning_lowbit.numerics.guards import FLOAT32_EXACT
 
@@ -48,30 +48,18 @@ class ConvProducts:
     def __init__(self, forward: Any, for_input: Any, for_weight: Any, dims: int) -> None:
         self.products, self.dims = (forward, for_input, for_weight), dims
 
-    def settings(self, layer: Any) -> dict[str, Any]:
-        padding = layer.padding
-        if padding == "valid":
-            padding = 0
-        elif padding == "same":
-            spans = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-            padding = tuple((span // 2, span - span // 2) for span in spans)  # torch pads the odd one at the end
-        found = {"stride": layer.stride, "padding": padding, "dilation": layer.dilation}
-        if self.dims == 1:  # torch keeps tuples of one, the kernels take numbers
-            found = {name: value[0] if isinstance(value, tuple) else value for name, value in found.items()}
-        return {**found, "groups": layer.groups}
-
     def forward(self, layer: Any, x: Tensor, weight: Tensor, nonnegative: bool) -> Tensor:
-        settings = self.settings(layer)
+        settings = product_settings(layer)
         acc: Tensor = self.products[0](self._batched(x), weight, exact_float=True, nonnegative=nonnegative, **settings)
         return acc if x.dim() > self.dims + 1 else acc.squeeze(0)
 
     def for_input(self, layer: Any, err: Tensor, weight: Tensor, size: torch.Size) -> Tensor:
         full = size if len(size) > self.dims + 1 else torch.Size((1, *size))
-        acc: Tensor = self.products[1](self._batched(err), weight, full, exact_float=True, **self.settings(layer))
+        acc: Tensor = self.products[1](self._batched(err), weight, full, exact_float=True, **product_settings(layer))
         return acc.reshape(size) if full != size else acc
 
     def for_weight(self, layer: Any, x: Tensor, err: Tensor) -> Tensor:
-        settings = self.settings(layer)
+        settings = product_settings(layer)
         acc: Tensor = self.products[2](self._batched(x), self._batched(err), layer.weight.shape, **settings)
         return acc
 

@@ -21,7 +21,7 @@ from lightning_lowbit.modules.quantizer import Quantizer, on
 from lightning_lowbit.numerics.grid import Grid
 from lightning_lowbit.numerics.ste import gate_backward
 
-__all__ = ["LAYERS", "SLOTS", "LowBitLayer"]
+__all__ = ["LAYERS", "SLOTS", "LowBitLayer", "padding_of", "product_settings"]
 
 SLOTS = ("input", "weight", "bias", "accumulator", "output", "error", "weight_grad")
 
@@ -196,6 +196,30 @@ class LowBitLayer(LowBitModule):
             return self.lowbit_accumulator.grid()
         exponent = self.accumulator_exponent()
         return None if exponent is None or exponent.numel() > 1 else Grid(bits=32, exponent=int(exponent))
+
+
+def padding_of(layer: Any) -> list[tuple[int, int]]:
+    """(before, after) per axis, for padding in numbers, "same" (torch pads the odd one at the end) or "valid"."""
+    if layer.padding == "valid":
+        return [(0, 0)] * len(layer.kernel_size)
+    if layer.padding == "same":
+        totals = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        return [(total // 2, total - total // 2) for total in totals]
+    return [(p, p) for p in layer.padding]
+
+
+def product_settings(layer: Any) -> dict[str, Any]:
+    """What an integer product takes beside its operands: a convolution's geometry, numbers where it has one axis."""
+    if isinstance(layer, nn.Linear):
+        return {}
+    sides = padding_of(layer)
+    one = len(sides) == 1
+    return {
+        "stride": layer.stride[0] if one else layer.stride,
+        "padding": sides[0] if one else tuple(sides),
+        "dilation": layer.dilation[0] if one else layer.dilation,
+        "groups": layer.groups,
+    }
 
 
 class LowBitConv1d(LowBitLayer, nn.Conv1d):
