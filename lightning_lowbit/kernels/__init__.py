@@ -1,8 +1,9 @@
-"""Exact integer products of int8 tensors and of packed signs, by several backends that agree bit for bit.
+"""Exact integer products of 8-bit tensors and of packed signs, by several backends that agree bit for bit.
 
 The int8 functions take int8 tensors with any strides (convolutions are fastest on channels_last memory, weights
-included) and return accumulators: int32, or int64 where so many products could wrap int32. With
-``exact_float=True`` the result may be float32 that holds the very same integers, which saves a conversion.
+included); the first operand of a forward product, the activations, may also be uint8. They return accumulators: int32,
+or int64 where so many products could wrap int32. With ``exact_float=True`` the result may be float32 that holds the
+very same integers, which saves a conversion.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.kernels.backends import choose, use
 from lightning_lowbit.kernels.binary import pack_signs, xnor_matmul
-from lightning_lowbit.kernels.geometry import INT32_TERMS, Geometry, Padding, Size, geometry
+from lightning_lowbit.kernels.geometry import Geometry, Padding, Size, geometry, int32_terms
 from lightning_lowbit.kernels.ledger import report as backend_report
 from lightning_lowbit.kernels.requantize import bit_width, compile_policy, requantize, update_weights
 
@@ -35,43 +36,49 @@ __all__ = [
     "xnor_matmul",
 ]
 
+_ACTIVATIONS = (torch.int8, torch.uint8)
+
 
 def int8_matmul(a: Tensor, b: Tensor, *, backend: str | None = None, exact_float: bool = False) -> Tensor:
-    """The matrix product of int8 matrices, exactly.
+    """The matrix product of 8-bit matrices, exactly.
 
     Args:
-        a: (M, K) int8.
+        a: (M, K) int8, or uint8 activations.
         b: (K, N) int8; fastest as the transposed view of a contiguous (N, K).
         backend: see `use`; None takes the innermost `use`, else the environment, else the fastest exact one.
         exact_float: allow float32 that holds the integers.
 
     Returns:
-        (M, N) int32; int64 where K * 128 * 128 exceeds int32.
+        (M, N) int32; int64 where K * 128 * 128, of uint8 K * 255 * 128, exceeds int32.
 
     Raises:
-        ConfigError: not int8, sizes that do not fit, or an unknown backend.
+        ConfigError: not of these dtypes, sizes that do not fit, or an unknown backend.
 
     >>> a = torch.tensor([[127, -128]], dtype=torch.int8)
     >>> int8_matmul(a, a.t())
     tensor([[32513]], dtype=torch.int32)
+    >>> int8_matmul(torch.tensor([[255, 255]], dtype=torch.uint8), a.t())
+    tensor([[-255]], dtype=torch.int32)
     """
-    if a.dtype != torch.int8 or b.dtype != torch.int8 or a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0]:
-        raise ConfigError(f"int8_matmul: got {_said(a)} and {_said(b)}, expected int8 (M, K) and int8 (K, N)")
-    product = choose(a.device.type, backend).matmul
+    if a.dtype not in _ACTIVATIONS or b.dtype != torch.int8 or a.dim() != 2 or b.dim() != 2 or a.shape[1] != len(b):
+        raise ConfigError(
+            f"int8_matmul: got {_said(a)} and {_said(b)}, expected int8 (M, K) and int8 (K, N); the first may be uint8"
+        )
+    product = choose(a.device.type, backend, a.dtype).matmul
     size = (a.shape[0], b.shape[1])
     if 0 in (*size, a.shape[1]):
         return _empty(size, a)
-    return _finished(product(a, b), a.shape[1], exact_float)
+    return _finished(product(a, b), a.shape[1], exact_float, a.dtype)
 
 
 def int8_conv2d(
     x: Tensor, w: Tensor, *, stride: Size = 1, padding: Padding = 0, dilation: Size = 1, groups: int = 1,
     backend: str | None = None, exact_float: bool = False, nonnegative: bool = False,
 ) -> Tensor:  # fmt: skip
-    """The convolution of int8 images, exactly.
+    """The convolution of 8-bit images, exactly.
 
     Args:
-        x: (N, C, H, W) int8.
+        x: (N, C, H, W) int8, or uint8 activations.
         w: (O, C / groups, kh, kw) int8.
         stride: one number or (vertical, horizontal).
         padding: zeros around x: one number, (vertical, horizontal) or ((top, bottom), (left, right)).
@@ -79,20 +86,20 @@ def int8_conv2d(
         groups: as in torch.nn.Conv2d.
         backend: see `use`.
         exact_float: allow float32 that holds the integers.
-        nonnegative: a promise that no element of x is negative, as after a ReLU; it saves a pass.
+        nonnegative: a promise that no element of x is negative, as after a ReLU; it saves a pass. Of uint8 it is known.
 
     Returns:
         (N, O, H', W') accumulators in channels_last memory, int32, or int64 where they could exceed it.
 
     Raises:
-        ConfigError: not int8, sizes that do not fit, or an unknown backend.
+        ConfigError: not of these dtypes, sizes that do not fit, or an unknown backend.
     """
-    _check("int8_conv2d", x, w)
+    _check("int8_conv2d", x, w, activations=True)
     geo = geometry(x.shape, w.shape, stride, padding, dilation, groups)
-    product = choose(x.device.type, backend).conv2d
+    product = choose(x.device.type, backend, x.dtype).conv2d
     if 0 in (*geo.output_size, geo.forward_terms):
         return _empty(geo.output_size, x)
-    return _image(product(x, w, geo, nonnegative), geo.forward_terms, exact_float)
+    return _image(product(x, w, geo, nonnegative), geo.forward_terms, exact_float, x.dtype)
 
 
 def int8_conv2d_input(
@@ -149,7 +156,7 @@ def int8_conv1d(
     backend: str | None = None, exact_float: bool = False, nonnegative: bool = False,
 ) -> Tensor:  # fmt: skip
     """`int8_conv2d` of signals: x (N, C, L), w (O, C / groups, k), padding one number or (left, right)."""
-    _check("int8_conv1d", x, w, 3)
+    _check("int8_conv1d", x, w, 3, activations=True)
     acc = int8_conv2d(
         x.unsqueeze(2), w.unsqueeze(2), stride=(1, stride), padding=_sides(padding), dilation=(1, dilation),
         groups=groups, backend=backend, exact_float=exact_float, nonnegative=nonnegative,
@@ -189,9 +196,11 @@ def _said(x: Tensor) -> str:
     return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
 
 
-def _check(name: str, first: Tensor, second: Tensor, axes: int = 4) -> None:
-    if first.dtype != torch.int8 or second.dtype != torch.int8 or first.dim() != axes or second.dim() != axes:
-        raise ConfigError(f"{name}: got {_said(first)} and {_said(second)}, expected int8 tensors of {axes} axes")
+def _check(name: str, first: Tensor, second: Tensor, axes: int = 4, activations: bool = False) -> None:
+    dtypes = _ACTIVATIONS if activations else (torch.int8,)
+    if first.dtype not in dtypes or second.dtype != torch.int8 or first.dim() != axes or second.dim() != axes:
+        also = "; the first may be uint8" if activations else ""
+        raise ConfigError(f"{name}: got {_said(first)} and {_said(second)}, expected int8 tensors of {axes} axes{also}")
 
 
 def _check_size(name: str, err: Tensor, geo: Geometry) -> None:
@@ -208,11 +217,11 @@ def _empty(size: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.zeros(size, dtype=torch.int32, device=like.device)
 
 
-def _finished(acc: Tensor, terms: int, exact_float: bool) -> Tensor:
+def _finished(acc: Tensor, terms: int, exact_float: bool, dtype: torch.dtype = torch.int8) -> Tensor:
     if exact_float and acc.dtype == torch.float32:
         return acc
-    return acc.to(torch.int32 if terms <= INT32_TERMS else torch.int64)
+    return acc.to(torch.int32 if terms <= int32_terms(dtype) else torch.int64)
 
 
-def _image(acc: Tensor, terms: int, exact_float: bool) -> Tensor:
-    return _finished(acc.contiguous(memory_format=torch.channels_last), terms, exact_float)
+def _image(acc: Tensor, terms: int, exact_float: bool, dtype: torch.dtype = torch.int8) -> Tensor:
+    return _finished(acc.contiguous(memory_format=torch.channels_last), terms, exact_float, dtype)

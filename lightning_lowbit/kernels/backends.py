@@ -2,7 +2,8 @@
 
 Libraries do not promise exact int8 products. Without dot-product instructions the CPU's kernels add pairs of
 products in 16 bits, saturate, and return wrong sums without an error. So each backend must first match `reference`
-on operands made to show that, once per process; one that does not is passed over for the next that does.
+on operands made to show that, once per process and dtype of the first operand; one that does not is passed over for
+the next that does.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ ENVIRONMENT = "LIGHTNING_LOWBIT_BACKEND"
 
 
 class Backend(Protocol):
-    """Four products; int32, int64, or float32 where that is exact. No operand and no result is empty."""
+    """Four products of int8; int32, int64, or float32 where that is exact. No operand and no result is empty."""
 
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
-        """(M, K) times (K, N)."""
+        """(M, K) times (K, N); a may be uint8."""
 
     def conv2d(self, x: Tensor, w: Tensor, geo: Geometry, nonnegative: bool = False) -> Tensor:
-        """The convolution."""
+        """The convolution; x may be uint8."""
 
     def conv2d_input(self, err: Tensor, w: Tensor, geo: Geometry) -> Tensor:
         """Its gradient with respect to the input."""
@@ -46,7 +47,7 @@ _DEVICE = {"int8": "cpu", "cuda": "cuda"}
 _FIRST = {"cpu": "int8", "cuda": "cuda"}
 
 _used: list[str] = []
-_choices: dict[tuple[str, str], Backend] = {}
+_choices: dict[tuple[str, str, torch.dtype], Backend] = {}
 
 
 @contextmanager
@@ -68,14 +69,17 @@ def use(backend: str) -> Iterator[None]:
         _used.pop()
 
 
-def choose(device: str, backend: str | None = None) -> Backend:
-    """The backend for tensors of a device type: argument, else innermost `use`, else environment, else the fastest."""
+def choose(device: str, backend: str | None = None, dtype: torch.dtype = torch.int8) -> Backend:
+    """The backend for tensors of a device type: argument, else innermost `use`, else environment, else the fastest.
+
+    dtype is that of the first operand; with uint8 only the forward products are probed, and may be asked for.
+    """
     name = backend or asked()
     try:
-        return _choices[name, device]
+        return _choices[name, device, dtype]
     except KeyError:
         where = "backend=" if backend else "use()" if _used else ENVIRONMENT
-        return _choices.setdefault((name, device), _resolve(name, device, where))
+        return _choices.setdefault((name, device, dtype), _resolve(name, device, dtype, where))
 
 
 def asked() -> str:
@@ -88,7 +92,7 @@ def _check_name(name: str, where: str) -> None:
         raise ConfigError(f"{where}: {name!r} is not a backend.{nearest(name, (*BACKENDS, 'auto'))}")
 
 
-def _resolve(name: str, device: str, where: str) -> Backend:
+def _resolve(name: str, device: str, dtype: torch.dtype, where: str) -> Backend:
     _check_name(name, where)
     if _DEVICE.get(name, device) != device:
         raise ConfigError(
@@ -101,38 +105,48 @@ def _resolve(name: str, device: str, where: str) -> Backend:
     else:
         names = (name, *fallbacks[fallbacks.index(name) + 1 :]) if name in fallbacks else (name, *fallbacks)
     for candidate in names:
-        refusal = _refusal(candidate, device)
+        refusal = _refusal(candidate, device, dtype)
         if refusal is None:
             break
-        ledger.refusals[candidate] = refusal
+        ledger.refusals[_on(candidate, dtype)] = refusal
     if name not in ("auto", candidate):
+        refusal = ledger.refusals[_on(name, dtype)]
         warnings.warn(
-            f"the backend {name!r} is not exact on this machine ({ledger.refusals[name]}); {candidate!r} is used "
+            f"the backend {name!r} is not exact on this machine ({refusal}); {candidate!r} is used "
             "instead, with the same results",
             stacklevel=4,
         )
     return BACKENDS[candidate]
 
 
-def _refusal(name: str, device: str) -> str | None:
+def _on(name: str, dtype: torch.dtype) -> str:
+    return name if dtype is torch.int8 else f"{name} on uint8"
+
+
+def _refusal(name: str, device: str, dtype: torch.dtype) -> str | None:
     """Why a backend must not be used on a device; None where it matches the reference."""
     backend = BACKENDS[name]
     if backend is reference:
         return None
     with ledger.silent():
-        return _differs(backend, device)
+        return _differs(backend, device, dtype)
 
 
-def _pair(kind: str, *sizes: tuple[int, ...]) -> list[Tensor]:
-    """Operands whose pairs of products leave 16 bits, or random ones."""
+def _pair(kind: str, dtype: torch.dtype, first: tuple[int, ...], second: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """A first operand of this dtype and an int8 one, whose pairs of products leave 16 bits, or random ones."""
     if kind == "random":
-        generator = torch.Generator().manual_seed(577)
-        return [torch.randint(-128, 128, size, dtype=torch.int8, generator=generator) for size in sizes]
-    values = {"127 x 127": (127, 127), "127 x -127": (127, -127), "-128 x -128": (-128, -128)}[kind]
-    return [torch.full(size, value, dtype=torch.int8) for value, size in zip(values, sizes, strict=True)]
+        generator, codes = torch.Generator().manual_seed(577), torch.iinfo(dtype)
+        a = torch.randint(codes.min, codes.max + 1, first, dtype=dtype, generator=generator)
+        return a, torch.randint(-128, 128, second, dtype=torch.int8, generator=generator)
+    value, other = (int(number) for number in kind.split(" x "))
+    return torch.full(first, value, dtype=dtype), torch.full(second, other, dtype=torch.int8)
 
 
-_KINDS = ("127 x 127", "127 x -127", "-128 x -128", "random")
+_KINDS = {
+    torch.int8: ("127 x 127", "127 x -127", "-128 x -128", "random"),
+    # 0 saturates where it is computed as -128.
+    torch.uint8: ("255 x 127", "255 x -128", "0 x -128", "random"),
+}
 _MATRICES = ((1, 33, 3), (17, 577, 9), (64, 576, 64), (64, 577, 40))
 # A narrow and a wide layer with odd sizes, one with holes and stride, one in groups.
 _LAYERS = (
@@ -143,21 +157,24 @@ _LAYERS = (
 )  # fmt: skip
 
 
-def _differs(backend: Backend, device: str) -> str | None:
+def _differs(backend: Backend, device: str, dtype: torch.dtype) -> str | None:
     try:
-        for kind in _KINDS:
+        for kind in _KINDS[dtype]:
             for m, k, n in _MATRICES:
-                a, b = _pair(kind, (m, k), (n, k))
+                a, b = _pair(kind, dtype, (m, k), (n, k))
                 if not torch.equal(_host(backend.matmul(a.to(device), b.to(device).t())), reference.matmul(a, b.t())):
                     return f"wrong matrix product of {kind}, {m}x{k}x{n}"
             for geo in _LAYERS:
-                x, w, err = *_pair(kind, geo.input_size, geo.weight_size), _pair(kind, geo.output_size, (1,))[0]
-                near = [operand.to(device) for operand in (x, w, err)]
-                pairs = (
-                    (backend.conv2d(near[0], near[1], geo), reference.conv2d(x, w, geo)),
-                    (backend.conv2d_input(near[2], near[1], geo), reference.conv2d_input(err, w, geo)),
-                    (backend.conv2d_weight(near[0], near[2], geo), reference.conv2d_weight(x, err, geo)),
-                )
+                x, w = _pair(kind, dtype, geo.input_size, geo.weight_size)
+                near = [x.to(device), w.to(device)]
+                pairs = [(backend.conv2d(near[0], near[1], geo), reference.conv2d(x, w, geo))]
+                if dtype is torch.int8:
+                    err = _pair(kind, dtype, geo.output_size, (1,))[0]
+                    near.append(err.to(device))
+                    pairs += [
+                        (backend.conv2d_input(near[2], near[1], geo), reference.conv2d_input(err, w, geo)),
+                        (backend.conv2d_weight(near[0], near[2], geo), reference.conv2d_weight(x, err, geo)),
+                    ]
                 if not all(torch.equal(_host(found), expected) for found, expected in pairs):
                     return f"wrong convolution of {kind}"
     # Private operators: a build without them, or with another signature, may raise anything.

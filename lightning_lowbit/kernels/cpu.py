@@ -1,5 +1,7 @@
 """The integer products on CPUs with int8 dot-product instructions: `torch._int_mm` and oneDNN's quantized convolution.
 
+Activations may be uint8: the matrix product takes them as int8 less 128, the convolution as they are.
+
 Neither is documented to be exact: on CPUs without such instructions both saturate pairs of products in 16 bits and
 say nothing. `backends` uses this module only after a probe; the convolution is probed for each geometry besides.
 The choices between routes are measured, with one thread and 32 images (benchmarks of the kernels).
@@ -23,9 +25,9 @@ from lightning_lowbit.kernels.columns import (
     pixels,
     weight_rows,
 )
-from lightning_lowbit.kernels.geometry import INT32_TERMS, Geometry
+from lightning_lowbit.kernels.geometry import CODE_MAX, INT32_TERMS, Geometry, int32_terms
 from lightning_lowbit.kernels.ledger import note, refusals, silent
-from lightning_lowbit.numerics.guards import FLOAT32_EXACT, float_sums_exact
+from lightning_lowbit.numerics.guards import FLOAT32_EXACT
 
 __all__ = ["conv2d", "conv2d_input", "conv2d_weight", "convolve_unsigned", "matmul"]
 
@@ -45,21 +47,22 @@ _BUNDLE_CHANNELS = 64
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """(M, K) int8 times (K, N) int8: int32, or int64 from chunks of K where int32 might wrap."""
+    """(M, K) int8 or uint8 times (K, N) int8: int32, or int64 where int32 might wrap."""
     _note(a.shape[1])
     return _product(a, b)
 
 
 def conv2d(x: Tensor, w: Tensor, geo: Geometry, nonnegative: bool = False) -> Tensor:
-    """Accumulators of the convolution: int32, float32 where that is exact, or int64."""
+    """Accumulators of the convolution, x int8 or uint8: int32, float32 where that is exact, or int64."""
+    nonnegative |= x.dtype is torch.uint8
     if geo.pointwise:
         _note(geo.channels)
         rows = pixels(x[:, :, :: geo.stride[0], :: geo.stride[1]]).flatten(0, 2)
         return images(_product(rows, w.flatten(1).t()), geo.out)
-    if _unsigned_pays(w, geo, nonnegative):
+    if _unsigned_pays(w, geo, nonnegative, x.dtype):
         note("int8", "onednn convolution")
         return convolve_unsigned(x, w, geo, nonnegative)
-    if geo.groups > 1 or geo.channels <= _FLOAT_CHANNELS or geo.forward_terms > INT32_TERMS:
+    if geo.groups > 1 or geo.channels <= _FLOAT_CHANNELS or geo.forward_terms > int32_terms(x.dtype):
         return simulate.conv2d(x, w, geo)
     return _by_patches(x, weight_rows(w).t(), geo)
 
@@ -95,7 +98,7 @@ def convolve_unsigned(x: Tensor, w: Tensor, geo: Geometry, nonnegative: bool = F
     """The convolution by oneDNN's quantized operator: uint8 activations, int32 sums, given out as float32.
 
     Only for geometries whose accumulators are below 2^24. Signed codes enter as x + 128 with zero point 128,
-    which the operator takes back in the integers; codes known to be nonnegative enter as they are.
+    which the operator takes back in the integers; codes known to be nonnegative, uint8 or int8, enter as they are.
     """
     if geo.symmetric:
         padding = [geo.top_bottom[0], geo.left_right[0]]
@@ -120,14 +123,14 @@ def _unit_scale(outputs: int) -> tuple[Tensor, Tensor]:
     return torch.ones(outputs), torch.zeros(outputs, dtype=torch.int64)
 
 
-def _unsigned_pays(w: Tensor, geo: Geometry, nonnegative: bool = False) -> bool:
-    if not _unsigned_exact(geo, nonnegative):
+def _unsigned_pays(w: Tensor, geo: Geometry, nonnegative: bool = False, dtype: torch.dtype = torch.int8) -> bool:
+    if not _unsigned_exact(geo, nonnegative, dtype):
         return False
-    return geo.forward_terms <= simulate.FLOAT32_TERMS or float_sums_exact(w, simulate.CODE_MAX)
+    return geo.forward_terms <= simulate.float32_terms(dtype) or simulate.rows_exact(weight_rows(w), dtype)
 
 
 @lru_cache(maxsize=4096)
-def _unsigned_exact(geo: Geometry, nonnegative: bool) -> bool:
+def _unsigned_exact(geo: Geometry, nonnegative: bool, dtype: torch.dtype = torch.int8) -> bool:
     """Whether `convolve_unsigned` is fast for a geometry, and right on operands that saturate 16 bits and on others.
 
     The operator is private and has faults in corners: with padding or holes beyond the image, or a few channels,
@@ -143,20 +146,22 @@ def _unsigned_exact(geo: Geometry, nonnegative: bool) -> bool:
         return False
     geo = geo._replace(batch=min(geo.batch, 2))
     generator = torch.Generator().manual_seed(577)
-    x = torch.randint(-128, 128, geo.input_size, dtype=torch.int8, generator=generator)
+    low, high = torch.iinfo(dtype).min, torch.iinfo(dtype).max
+    x = torch.randint(low, high + 1, geo.input_size, dtype=dtype, generator=generator)
     w = torch.randint(-127, 128, geo.weight_size, dtype=torch.int8, generator=generator)
     # At their largest, with sums that still fit float32.
-    most = min(127, (FLOAT32_EXACT - 1) // (simulate.CODE_MAX * geo.forward_terms))
+    most = min(127, (FLOAT32_EXACT - 1) // (CODE_MAX[dtype] * geo.forward_terms))
     largest = torch.full_like(w, most)
     pairs = (
         (x, w),
-        (torch.full_like(x, 127), largest),
-        (torch.full_like(x, -128), largest),
-        (x.sign() * 127, -largest),
+        (torch.full_like(x, high), largest),
+        # Of 255, weights of both signs: their pairs saturate also where the largest weights had to be small.
+        (torch.full_like(x, low), largest) if low else (torch.full_like(x, high), w.sign() * 127),
+        (x.sign() * high, -largest),
     )
     try:
         for codes, weight in pairs:
-            codes = codes.clamp(min=0) if nonnegative else codes
+            codes = codes.clamp(min=0) if nonnegative and low else codes
             with silent():
                 expected = simulate.conv2d(codes, weight, geo)
             found = convolve_unsigned(codes, weight, geo, nonnegative)
@@ -175,12 +180,26 @@ def _note(terms: int) -> None:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
+    if a.dtype is torch.uint8:
+        b = matrix(b)
+        acc = _product(_less_128(a), b)
+        return (acc if a.shape[1] <= int32_terms(a.dtype) else acc.to(torch.int64)).sub_(_of_128(b))
     if a.shape[1] <= INT32_TERMS:
         return torch._int_mm(matrix(a), matrix(b))
     acc = torch.zeros(a.shape[0], b.shape[1], dtype=torch.int64)
     for left, right in zip(torch.split(a, INT32_TERMS, 1), torch.split(b, INT32_TERMS, 0), strict=True):
         acc += torch._int_mm(matrix(left), matrix(right))
     return acc
+
+
+def _less_128(x: Tensor) -> Tensor:
+    """uint8 numbers less 128, as int8: the same bytes with their top bits turned over."""
+    return x.view(torch.int8).bitwise_xor(-128)
+
+
+def _of_128(b: Tensor) -> Tensor:
+    """What `_less_128` adds to each row of a product with b (K, N): (1, N). As a product, faster than as a sum."""
+    return _product(torch.full((1, b.shape[0]), -128, dtype=torch.int8), b)
 
 
 def _images_per_chunk(rows_per_image: int, rows: int = _ROWS) -> int:
@@ -191,11 +210,16 @@ def _by_patches(x: Tensor, weight: Tensor, geo: Geometry) -> Tensor:
     """The convolution as patches times weights (kh * kw * C, O)."""
     note("int8", "_int_mm")
     padded, weight = pad_or_crop(pixels(x), geo.top_bottom, geo.left_right), matrix(weight)
+    shift = None
+    if x.dtype is torch.uint8:
+        padded, shift = _less_128(padded), _of_128(weight)
     per_image = geo.out[0] * geo.out[1]
     acc = torch.empty(geo.batch * per_image, geo.outputs, dtype=torch.int32)
     count = _images_per_chunk(per_image)
     for chunk, target in zip(torch.split(padded, count), torch.split(acc, count * per_image), strict=True):
         torch._int_mm(matrix(patches(chunk, geo)), weight, out=target)
+        if shift is not None:
+            target -= shift
     return images(acc, geo.out)
 
 

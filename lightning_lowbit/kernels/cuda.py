@@ -18,7 +18,9 @@ _CHUNK = INT32_TERMS - INT32_TERMS % 8
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """(M, K) int8 times (K, N) int8: int32, or int64 from chunks of K where int32 might wrap."""
+    """(M, K) int8 times (K, N) int8: int32, or int64 from chunks of K where int32 might wrap; uint8 by floats."""
+    if a.dtype is torch.uint8:
+        return simulate.matmul(a, b)
     if a.shape[1] <= INT32_TERMS:
         note("cuda", "_int_mm")
         return _product(a, b)
@@ -30,8 +32,8 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def conv2d(x: Tensor, w: Tensor, geo: Geometry, nonnegative: bool = False) -> Tensor:
-    """Accumulators of the convolution: patches times weights."""
-    if geo.groups > 1:
+    """Accumulators of the convolution: patches times weights; of groups and of uint8 by floats."""
+    if geo.groups > 1 or x.dtype is torch.uint8:
         return simulate.conv2d(x, w, geo)
     return images(matmul(_patches(x, geo), weight_rows(w).t()), geo.out)
 

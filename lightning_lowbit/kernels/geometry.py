@@ -5,17 +5,30 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from lightning_lowbit.errors import ConfigError
 
-__all__ = ["INT32_TERMS", "Geometry", "Padding", "Size", "geometry"]
+__all__ = ["CODE_MAX", "INT32_TERMS", "Geometry", "Padding", "Size", "geometry", "int32_terms"]
 
 Size = int | tuple[int, int]
 Padding = Size | tuple[tuple[int, int], tuple[int, int]]
 
-INT32_TERMS = (2**31 - 1) // 128**2
-"""So many products of two int8 numbers, -128 included, fit int32 whatever the numbers: 131,071."""
+CODE_MAX = {torch.int8: 128, torch.uint8: 255}
+"""The largest magnitude of a code: second operands are int8, a first one may be uint8 where it is an activation."""
+
+
+def int32_terms(dtype: torch.dtype) -> int:
+    """So many products of a code of this dtype and an int8 number fit int32 whatever the numbers.
+
+    >>> int32_terms(torch.int8), int32_terms(torch.uint8)
+    (131071, 65793)
+    """
+    return (2**31 - 1) // (CODE_MAX[dtype] * CODE_MAX[torch.int8])
+
+
+INT32_TERMS = int32_terms(torch.int8)
 
 
 class Geometry(NamedTuple):

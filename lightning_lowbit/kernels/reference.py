@@ -13,7 +13,7 @@ __all__ = ["conv2d", "conv2d_input", "conv2d_weight", "matmul"]
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """(M, K) int8 times (K, N) int8: (M, N) int64."""
+    """(M, K) int8 or uint8 times (K, N) int8: (M, N) int64."""
     note("reference", "int64")
     return (_wide(a) @ _wide(b)).to(a.device)
 

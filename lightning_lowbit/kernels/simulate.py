@@ -1,8 +1,9 @@
 """The integer products by float convolutions and matrix products, wherever every partial sum is proved exact.
 
-Codes of int8 are at most 128 in magnitude. Where 128 times the largest sum of |other operand| over an accumulator
-stays below 2^24, float32 holds every partial sum in whatever order a library adds (`numerics.guards`). Elsewhere
-the sum is split, the parts are added in int64, and what cannot be split runs in float64 (exact below 2^53).
+Codes of int8 are at most 128 in magnitude, those of uint8 at most 255. Where that number times the largest sum of
+|other operand| over an accumulator stays below 2^24, float32 holds every partial sum in whatever order a library adds
+(`numerics.guards`). Elsewhere the sum is split, the parts are added in int64, and what cannot be split runs in float64
+(exact below 2^53).
 """
 
 from __future__ import annotations
@@ -13,37 +14,56 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_lowbit.kernels.geometry import Geometry
+from lightning_lowbit.kernels.columns import weight_rows
+from lightning_lowbit.kernels.geometry import CODE_MAX, Geometry
 from lightning_lowbit.kernels.ledger import note
 from lightning_lowbit.numerics.guards import FLOAT32_EXACT, float_sums_exact
 
-__all__ = ["CODE_MAX", "FLOAT32_TERMS", "conv2d", "conv2d_input", "conv2d_weight", "matmul"]
+__all__ = ["conv2d", "conv2d_input", "conv2d_weight", "float32_terms", "matmul", "rows_exact"]
 
-CODE_MAX = 128
-FLOAT32_TERMS = (FLOAT32_EXACT - 1) // CODE_MAX**2
-"""So many products of two int8 numbers are exact in float32 whatever the numbers: 1,023."""
+_INT8_MAX = CODE_MAX[torch.int8]
+
+
+def float32_terms(dtype: torch.dtype) -> int:
+    """So many products of a code of this dtype and an int8 number are exact in float32 whatever the numbers.
+
+    >>> float32_terms(torch.int8), float32_terms(torch.uint8)
+    (1023, 514)
+    """
+    return (FLOAT32_EXACT - 1) // (CODE_MAX[dtype] * _INT8_MAX)
+
+
+_FLOAT32_TERMS = float32_terms(torch.int8)
+
+
+def rows_exact(rows: Tensor, dtype: torch.dtype) -> bool:
+    """`float_sums_exact` of int8 weights (O, K) and codes of this dtype, several times faster.
+
+    In float32, which decides alike: a sum of |weights| that has to round is beyond 2^24 itself.
+    """
+    return float(rows.to(torch.float32).abs_().sum(1).max()) * CODE_MAX[dtype] < FLOAT32_EXACT
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """(M, K) int8 times (K, N) int8: float32 where it is exact, else int64."""
+    """(M, K) int8 or uint8 times (K, N) int8: float32 where it is exact, else int64."""
     return _noted(_matmul(a, b))
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
     terms = a.shape[1]
-    if terms <= FLOAT32_TERMS or float_sums_exact(b, CODE_MAX, out_axis=1):
+    if terms <= float32_terms(a.dtype) or rows_exact(b.t(), a.dtype):
         return a.to(torch.float32) @ b.to(torch.float32)
     half = terms // 2
     return _sum(_matmul(a[:, :half], b[:half]), _matmul(a[:, half:], b[half:]))
 
 
 def conv2d(x: Tensor, w: Tensor, geo: Geometry, nonnegative: bool = False) -> Tensor:
-    """Accumulators of the convolution: float32 where it is exact, else int64."""
+    """Accumulators of the convolution, x int8 or uint8: float32 where it is exact, else int64."""
     return _noted(_conv2d(x, w, geo))
 
 
 def _conv2d(x: Tensor, w: Tensor, geo: Geometry) -> Tensor:
-    if geo.forward_terms <= FLOAT32_TERMS or float_sums_exact(w, CODE_MAX):
+    if geo.forward_terms <= float32_terms(x.dtype) or rows_exact(weight_rows(w), x.dtype):
         return _forward(x, w, geo, torch.float32)
     if geo.groups == 1 and geo.channels > 1:
         half = geo.channels // 2
@@ -58,7 +78,7 @@ def conv2d_input(err: Tensor, w: Tensor, geo: Geometry) -> Tensor:
 
 
 def _conv2d_input(err: Tensor, w: Tensor, geo: Geometry) -> Tensor:
-    if geo.input_terms <= FLOAT32_TERMS or float_sums_exact(_by_input(w, geo), CODE_MAX):
+    if geo.input_terms <= _FLOAT32_TERMS or float_sums_exact(_by_input(w, geo), _INT8_MAX):
         return _backward(err, None, w, geo, torch.float32)
     if geo.groups == 1 and geo.outputs > 1:
         half = geo.outputs // 2
@@ -73,7 +93,7 @@ def conv2d_weight(x: Tensor, err: Tensor, geo: Geometry) -> Tensor:
 
 
 def _conv2d_weight(x: Tensor, err: Tensor, geo: Geometry) -> Tensor:
-    if geo.weight_terms <= FLOAT32_TERMS:
+    if geo.weight_terms <= _FLOAT32_TERMS:
         return _backward(err, x, None, geo, torch.float32)
     per_image = err.permute(0, 2, 3, 1).flatten(1, 2).to(torch.float32).abs().sum(1, dtype=torch.float64)
     return _weight_of_images(x, err, per_image, geo)
@@ -81,7 +101,7 @@ def _conv2d_weight(x: Tensor, err: Tensor, geo: Geometry) -> Tensor:
 
 def _weight_of_images(x: Tensor, err: Tensor, per_image: Tensor, geo: Geometry) -> Tensor:
     """The gradient over some images; per_image (N, O) is the sum of |err| over each."""
-    if float_sums_exact(per_image, CODE_MAX, out_axis=1):
+    if float_sums_exact(per_image, _INT8_MAX, out_axis=1):
         return _backward(err, x, None, geo, torch.float32)
     if geo.batch == 1:
         return _backward(err, x, None, geo, torch.float64).to(torch.int64)
