@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_lowbit.callbacks.certificate import TrainingCertificate
     from lightning_lowbit.callbacks.distill import Distill
     from lightning_lowbit.callbacks.fold import FoldBatchNorm
+    from lightning_lowbit.callbacks.fraclen import FraclenSchedule
     from lightning_lowbit.callbacks.freeze import Freeze
     from lightning_lowbit.callbacks.quant import QuantCallback
     from lightning_lowbit.export.packed import pack
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from lightning_lowbit.reports.summary import summarize
     from lightning_lowbit.schemes import convert
     from lightning_lowbit.schemes.bnn import Bnn
+    from lightning_lowbit.schemes.f8net import F8Net
     from lightning_lowbit.schemes.niti import Niti
     from lightning_lowbit.schemes.tqt import Tqt
 
@@ -35,7 +37,9 @@ __all__ = [
     "Bnn",
     "Calibrate",
     "Distill",
+    "F8Net",
     "FoldBatchNorm",
+    "FraclenSchedule",
     "Freeze",
     "LowBitDDPStrategy",
     "LowBitPrecision",
@@ -57,10 +61,12 @@ __all__ = [
 # name -> the module that defines it
 _HOME = {
     "BinaryMonitor": "callbacks.binary_monitor",
-    "Distill": "callbacks.distill",
     "Bnn": "schemes.bnn",
     "Calibrate": "callbacks.calibrate",
+    "Distill": "callbacks.distill",
+    "F8Net": "schemes.f8net",
     "FoldBatchNorm": "callbacks.fold",
+    "FraclenSchedule": "callbacks.fraclen",
     "Freeze": "callbacks.freeze",
     "LowBitDDPStrategy": "plugins.strategy",
     "LowBitPrecision": "plugins.precision",

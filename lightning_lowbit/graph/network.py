@@ -26,7 +26,7 @@ from lightning_lowbit.graph.trace import (
     trace_step,
 )
 
-__all__ = ["Call", "Flow", "ends", "follow", "placed_calls"]
+__all__ = ["Call", "Flow", "ends", "follow", "only_layers_read", "placed_calls", "readers"]
 
 ALONE = -1  # the occurrence of a call that no traced forward makes
 _FIRST_INPUT_ONLY = (Kind.COMPUTE, Kind.BATCH_NORM, Kind.RELU, Kind.ACTIVATION, Kind.AVG_POOL, Kind.KEEP)
@@ -88,6 +88,22 @@ def follow(root: nn.Module) -> Flow:
         if path and path not in flow.seen and (has_forward(module) or is_leaf(module)):
             walker.enter(module, path)
     return flow
+
+
+def readers(call: Call) -> Iterator[Call]:
+    """Who reads the values of a call, looking through what only moves them."""
+    for reader in call.readers:
+        if reader.kind is Kind.KEEP:
+            yield from readers(reader)
+        else:
+            yield reader
+
+
+def only_layers_read(call: Call, flow: Flow) -> bool:
+    """Whether a call's values go, perhaps moved, into layers that multiply and nowhere else."""
+    if call in flow.exits or not call.readers:
+        return False
+    return all(r.kind is Kind.COMPUTE or (r.kind is Kind.KEEP and only_layers_read(r, flow)) for r in call.readers)
 
 
 def ends(root: nn.Module, flow: Flow) -> dict[str, tuple[bool, bool]]:

@@ -148,6 +148,8 @@ def classify(target: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | N
     if target is F.interpolate:
         mode = kwargs.get("mode", args[3] if len(args) > 3 else "nearest")
         return Kind.KEEP if mode == "nearest" else Kind.FLOAT
+    if target is getattr:
+        return Kind.KEEP if args[1:2] and args[1] in ("T", "mT", "H", "mH", "data") else Kind.META
     if target in ("mean", torch.mean):
         return Kind.AVG_POOL if len(args) > 1 or "dim" in kwargs else Kind.FLOAT
     try:

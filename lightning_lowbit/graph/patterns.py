@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from lightning_lowbit.graph.network import Call, Flow, ends
+from lightning_lowbit.graph.network import Call, Flow, ends, readers
 from lightning_lowbit.graph.ops import COMPUTE, PRODUCERS, REWRITTEN, Kind
 from lightning_lowbit.graph.plan import LayerPlan, OpPlan, Plan, Site, Union
 from lightning_lowbit.graph.trace import CallKey
@@ -133,17 +133,9 @@ class _Planner:
         self.result.ops = [replace(op, overwrites=(op.owner, op.key) in overwriting) for op in self.result.ops]
 
     # -- sites --------------------------------------------------------------------------------------------
-    def _readers(self, call: Call) -> Iterable[Call]:
-        """Who reads the values of a call, looking through what only moves them."""
-        for reader in call.readers:
-            if reader.kind is Kind.KEEP:
-                yield from self._readers(reader)
-            else:
-                yield reader
-
     def _wants(self, call: Call) -> set[str]:
         wants = set()
-        for reader in self._readers(call):
+        for reader in readers(call):
             if reader.kind is Kind.COMPUTE and reader.path in self.convertible:
                 wants.add("compute")
             elif reader.kind in (Kind.ADD, Kind.CAT, Kind.AVG_POOL):
@@ -174,8 +166,8 @@ class _Planner:
         if call.kind in (Kind.COMPUTE, Kind.BATCH_NORM) and call.path not in self.islands:
             op = "conv"
         multiplied = "compute" in wants or (known is not None and known.multiplied)
-        readers = [r.path for r in self._readers(call) if r.kind is Kind.COMPUTE and r.path in self.convertible]
-        last = all(self.ends[path][1] for path in readers if path) and (known is None or known.last)
+        layers = [r.path for r in readers(call) if r.kind is Kind.COMPUTE and r.path in self.convertible]
+        last = all(self.ends[path][1] for path in layers if path) and (known is None or known.last)
         channels, behind = _channels(call)
         self.sites[key] = Site(
             path, role, op, pattern, self._signed(call), last=last, channels=channels, behind=behind,
@@ -269,7 +261,7 @@ class _Planner:
     def _tie_readers(self, call: Call) -> None:
         """All who quantize one tensor where they read it do so on one grid (layers and operands apart)."""
         inputs, operands = [], []
-        for reader in self._readers(call):
+        for reader in readers(call):
             if reader.kind is Kind.COMPUTE and reader.path in self.convertible:
                 inputs.append(f"{reader.path}.lowbit_input")
             elif reader.kind in (Kind.ADD, Kind.CAT, Kind.AVG_POOL) and not self._source_keys(call):
@@ -294,7 +286,7 @@ class _Planner:
         depthwise = 1 < getattr(module, "groups", 1) == getattr(module, "in_channels", 0)
         sources = self._source_keys(call.inputs[0]) if call.inputs else []
         pattern = op + ("+bn" if norm else "")
-        after = list(self._readers(self.by_path[norm][0] if norm else call))
+        after = list(readers(self.by_path[norm][0] if norm else call))
         if len(after) == 1 and after[0].kind in (Kind.RELU, Kind.ACTIVATION):
             end = after[0]
             pattern += f"+{_word(end)}"

@@ -19,7 +19,7 @@ class Site:
     Attributes:
         path: module that owns the quantizer; its parameters live under ``{path}.{slot}``.
         role: input, weight, bias, accumulator, output, operand, error or weight_grad; sum is what an operation without
-            weights has computed and not yet rounded.
+            weights has computed and not yet rounded; unit is what a layer's result counts in, where that is not 1.
         op: conv2d, linear, relu, add, cat, avg_pool, ...
         pattern: what was merged, e.g. ``conv2d+bn+relu``.
         signed: False behind a rectifier, True where negative values are sure, None = the data decide.

@@ -208,8 +208,6 @@ class Scheme:
     name: ClassVar[str] = ""
     carries_errors: ClassVar[bool] = False  # tensors and errors are carriers; training runs with autocast off
     reproducible: ClassVar[bool] = False  # the package's own sample order is used unless the user declines
-    ties: ClassVar[bool] = True  # tensors that are added or joined share one step
-    weight_ties: ClassVar[bool] = True  # quantizers of one weight are a tie
 
     def replace(self, **options: Any) -> Self:
         """The same scheme with other options."""
@@ -242,6 +240,18 @@ class Scheme:
     def leaves_float(self, site: Site, module: nn.Module) -> str | None:
         """Why a layer (``site`` is its weight) that could be converted stays float under this scheme; None converts."""
         return None
+
+    def tied(self, root: nn.Module, flow: Flow, plan: Plan) -> list[list[str]]:
+        """Keys of sites whose quantizers are a tie: by default tensors that are added or joined, or one weight's."""
+        return plan.ties
+
+    def connect(self, root: nn.Module, flow: Flow, plan: Plan) -> list[str]:
+        """Tell modules of each other, once all stand in their places.
+
+        Returns:
+            what a user should know of it, for the report.
+        """
+        return []
 
     def findings(self, root: nn.Module, flow: Flow, plan: Plan) -> list[str]:
         """What in a network will train badly under this scheme, by module, with the way out; ``root`` as converted."""

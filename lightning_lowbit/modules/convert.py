@@ -55,6 +55,7 @@ class Report:
     sites: list[Site] = field(default_factory=list)
     ties: list[list[str]] = field(default_factory=list)
     derived_ties: list[list[str]] = field(default_factory=list)  # what the data flow says; ties may be a file's
+    notes: list[str] = field(default_factory=list)  # what the scheme says of this network
     findings: list[str] = field(default_factory=list)  # what will train badly under this scheme, and the way out
 
     def __str__(self) -> str:
@@ -112,12 +113,12 @@ def convert_module(
     result = Report(skipped=left_out(root, selection, scheme, ends(root, flow)), float_by_nature=float_by_nature(root))
     wanted = wanted_layers(root, result.skipped)
     plan = make_plan(root, flow, wanted, *norms_to_keep(root, scheme))
-    wanted_ties = (scheme.ties, scheme.weight_ties)
-    plan.ties = [tie for tie in plan.ties if wanted_ties[tie[0].endswith(".lowbit_weight")]]
+    plan.ties = scheme.tied(root, flow, plan)
     result.uncovered = _uncovered(root, flow, wanted)
     builder = _Builder(root, scheme, plan, flow)
     builder.build(ties)
     builder.switch.conversion = result
+    result.notes = scheme.connect(root, flow, plan)
     result.layers, result.sites = plan.layers, [q.site for _, q in quantizers(root)]
     result.derived_ties = _present(plan.ties, {site.key for site in result.sites})
     result.ties = result.derived_ties if ties is None else ties
@@ -220,7 +221,7 @@ class _Builder:
         assert isinstance(layer, LowBitLayer)
         own = self.made.get(f"{plan.path}.lowbit_input")
         layer.__dict__["input_grid"] = own or self.made.get(plan.grid_of_input)
-        for role in ("weight", "bias", "accumulator", "error", "weight_grad"):
+        for role in ("unit", "weight", "bias", "accumulator", "error", "weight_grad"):
             site = Site(
                 plan.path, role, plan.op, plan.pattern, True, plan.first, plan.last, plan.depthwise,
                 slot=f"lowbit_{role}",

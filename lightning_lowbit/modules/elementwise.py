@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_lowbit.graph.ops import Kind
 from lightning_lowbit.modules.base import LowBitModule
-from lightning_lowbit.modules.pooling import WINDOW, kind_of, pool
+from lightning_lowbit.modules.pooling import WINDOW, kind_of, window_sums
 from lightning_lowbit.modules.quantizer import Quantizer, on
 from lightning_lowbit.numerics.grid import Grid
 
@@ -50,7 +50,8 @@ class LowBitOp(LowBitModule):
         if not self.overwrites:
             return rest(first)
         result = rest(first.clone())  # the backward of what is done here must find its operand unchanged
-        return first.copy_(result)
+        written = first.copy_(result)
+        return written if written.dtype == result.dtype else result  # a sum that needs more bits than its operand had
 
     def operand(self, index: int, x: Any) -> Any:
         if not isinstance(x, Tensor):  # an argument of forward that was a number this time
@@ -161,10 +162,15 @@ class LowBitAvgPool(LowBitOp):
         self.kind = None if function is torch.mean else kind_of(function)
 
     def op(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        kwargs = {**self.settings, **kwargs}
         if not self.switch.folding:
-            return self.function(x, *args, **kwargs)
-        return _mean(x, *args, **kwargs) if self.kind is None else pool(self.kind, x, *args, **kwargs)
+            return self.function(x, *args, **{**self.settings, **kwargs})
+        sums, count = self.sums(x, *args, **kwargs)
+        return sums / count
+
+    def sums(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, int | Tensor]:
+        """The sums of the windows, and how many values each is of."""
+        kwargs = {**self.settings, **kwargs}
+        return _sums(x, *args, **kwargs) if self.kind is None else window_sums(self.kind, x, *args, **kwargs)
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.switch.folding:
@@ -214,10 +220,12 @@ def _new_op(kind: Kind, target: Any) -> LowBitOp:
     return LowBitAvgPool(torch.mean if target == "mean" else target)
 
 
-def _mean(x: Tensor, dim: Any = None, keepdim: bool = False, dtype: torch.dtype | None = None) -> Tensor:
-    """torch.mean as a sum and one division."""
+def _sums(
+    x: Tensor, dim: Any = None, keepdim: bool = False, dtype: torch.dtype | None = None
+) -> tuple[Tensor, int | Tensor]:
+    """What torch.mean divides, and by what."""
     axes = list(range(x.dim())) if dim is None else [dim] if isinstance(dim, int) else list(dim)
-    return x.sum(dim=axes, keepdim=keepdim, dtype=dtype) / math.prod([x.shape[axis] for axis in axes])
+    return x.sum(dim=axes, keepdim=keepdim, dtype=dtype), math.prod([x.shape[axis] for axis in axes])
 
 
 def _holding(low: int, high: int, exponent: int) -> Grid:

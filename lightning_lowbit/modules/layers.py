@@ -23,7 +23,7 @@ from lightning_lowbit.numerics.ste import gate_backward
 
 __all__ = ["LAYERS", "SLOTS", "LowBitLayer", "padding_of", "product_settings"]
 
-SLOTS = ("input", "weight", "bias", "accumulator", "output", "error", "weight_grad")
+SLOTS = ("input", "unit", "weight", "bias", "accumulator", "output", "error", "weight_grad")
 
 
 class LowBitLayer(LowBitModule):
@@ -40,6 +40,7 @@ class LowBitLayer(LowBitModule):
     channel_axis = 1  # of the outputs, in the result
     groups = 1
     lowbit_input: Quantizer | None
+    lowbit_unit: Quantizer | None  # divides weight and bias where the result is in other units than the float network's
     lowbit_weight: Quantizer | None
     lowbit_bias: Quantizer | None
     lowbit_accumulator: Quantizer | None
@@ -113,19 +114,25 @@ class LowBitLayer(LowBitModule):
             )
 
     def effective(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias that the layer multiplies with, batch norm merged (TQT section 5).
+        """Weight and bias that the layer multiplies with: batch norm merged (TQT section 5), in its tensors' units.
 
         Batch phase (the norm trains and is not frozen): statistics of this batch, gradients through them.
         Otherwise: moving statistics, as constants; gamma and beta still train.
         """
+        weight = self.weight if self.lowbit_input is None else self.lowbit_input.absorb(self.weight)
+        weight, bias = self._merged(x, weight)
+        return on(self.lowbit_unit, weight), bias if bias is None else on(self.lowbit_unit, bias)
+
+    def _merged(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``weight`` and the bias with the batch norm that follows."""
         norm = self.norm
         if norm is None:
-            return self.weight, self.bias
+            return weight, self.bias
         for hook in norm._forward_pre_hooks.values():
             if isinstance(hook, BasePruningMethod):  # renews norm.weight, in a forward that comes after this one
                 hook(norm, None)
         if norm.training and not self.norm_frozen and self.switch.mode is Mode.LOWBIT:
-            y = self.op(x, self.weight, self.bias).to(self.weight.dtype)
+            y = self.op(x, weight, self.bias).to(weight.dtype)
             norm._check_input_dim(y)  # type: ignore[no-untyped-call]
             if y.numel() == y.shape[self.channel_axis]:
                 raise ValueError(f"{self.path}: expected more than one value per channel in training, got {y.shape}")
@@ -136,8 +143,18 @@ class LowBitLayer(LowBitModule):
             assert norm.running_var is not None
             mean, var = norm.running_mean, norm.running_var
         return fold_batch_norm(
-            self.weight, self.bias, norm.weight, norm.bias, mean, var, norm.eps, self.out_axis, self.groups
+            weight, self.bias, norm.weight, norm.bias, mean, var, norm.eps, self.out_axis, self.groups
         )
+
+    def in_evaluation(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias with the moving statistics merged, whatever mode the norm is in."""
+        if self.norm is None:
+            return self.effective(self.weight)
+        training, self.norm.training = self.norm.training, False
+        try:
+            return self.effective(self.weight)
+        finally:
+            self.norm.training = training
 
     @staticmethod
     @torch.no_grad()

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["WINDOW", "as_tuple", "kind_of", "pool"]
+__all__ = ["WINDOW", "as_tuple", "kind_of", "pool", "window_sums"]
 
 WINDOW = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
 """Arguments of torch's average pools, in their order."""
@@ -32,6 +32,12 @@ def pool(kind: tuple[int, bool], x: Tensor, *args: Any, **settings: Any) -> Tens
         x: [N, C, *spatial] or [C, *spatial]; codes times a power of two, their window sums below 2^24.
         args, settings: as the function takes them.
     """
+    sums, count = window_sums(kind, x, *args, **settings)
+    return sums / count
+
+
+def window_sums(kind: tuple[int, bool], x: Tensor, *args: Any, **settings: Any) -> tuple[Tensor, int | Tensor]:
+    """The sums of ``pool``'s windows, and how many values each is of: a tensor where that differs between them."""
     dims, adaptive = kind
     if adaptive:
         return _adaptive(x, as_tuple(args[0] if args else settings["output_size"], dims))
@@ -47,25 +53,24 @@ def pool(kind: tuple[int, bool], x: Tensor, *args: Any, **settings: Any) -> Tens
 def _pool(
     x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], ceil_mode: bool,
     include: bool, divisor: int | None,
-) -> Tensor:  # fmt: skip
+) -> tuple[Tensor, int | Tensor]:  # fmt: skip
     dims = len(kernel)
     if not any(padding) and tuple(x.shape[-dims:]) == kernel:  # global: a plain sum keeps any memory format
-        return x.sum(dim=list(range(-dims, 0)), keepdim=True) / (divisor or math.prod(kernel))
+        return x.sum(dim=list(range(-dims, 0)), keepdim=True), divisor or math.prod(kernel)
     sums = _window_sums(x, kernel, stride, padding, ceil_mode)
     if divisor is not None:
-        return sums / divisor
+        return sums, divisor
     if not any(padding) and not ceil_mode:
-        return sums / math.prod(kernel)
+        return sums, math.prod(kernel)
     counts = [
         _counted(size, k, s, p, windows, include)
         for size, k, s, p, windows in zip(x.shape[-dims:], kernel, stride, padding, sums.shape[-dims:], strict=True)
     ]
-    return sums / math.prod(
-        [
-            torch.tensor(count, dtype=x.dtype, device=x.device).reshape(-1, *([1] * (dims - 1 - axis)))
-            for axis, count in enumerate(counts)
-        ]
-    )
+    each = [
+        torch.tensor(count, dtype=x.dtype, device=x.device).reshape(-1, *([1] * (dims - 1 - axis)))
+        for axis, count in enumerate(counts)
+    ]
+    return sums, math.prod(each)
 
 
 def _counted(size: int, kernel: int, stride: int, padding: int, windows: int, include: bool) -> list[int]:
@@ -87,7 +92,7 @@ def _window_sums(
     return F.avg_pool2d(x, kernel, stride, padding, ceil_mode, True, 1)
 
 
-def _adaptive(x: Tensor, size: tuple[int | None, ...]) -> Tensor:
+def _adaptive(x: Tensor, size: tuple[int | None, ...]) -> tuple[Tensor, int | Tensor]:
     """Windows from floor(i n / m) to ceil((i + 1) n / m), one axis after the other: sums of sums are sums."""
     counts: list[int | Tensor] = []
     for axis, wanted in zip(range(-len(size), 0), size, strict=True):
@@ -101,7 +106,7 @@ def _adaptive(x: Tensor, size: tuple[int | None, ...]) -> Tensor:
         x = torch.cat([x.narrow(axis, low, high - low).sum(axis, keepdim=True) for low, high in bounds], axis)
         width = torch.tensor([high - low for low, high in bounds], dtype=x.dtype, device=x.device)
         counts.append(width.reshape(-1, *([1] * (-axis - 1))))
-    return x / math.prod(counts)
+    return x, math.prod(counts)
 
 
 def as_tuple(value: Any, dims: int) -> tuple[Any, ...]:

@@ -60,6 +60,10 @@ class Quantizer(nn.Module):
     def share(self, group: Sequence[Quantizer], same_grid: bool) -> None:
         """Give all members of a tie one step; with ``same_grid`` one sign too. Called on the first member."""
 
+    def absorb(self, weight: Tensor) -> Tensor:
+        """What multiplies this tensor so that products are in true units; ``weight`` itself but for scaled tensors."""
+        return weight
+
     def saturated(self, x: Tensor) -> Tensor:
         """How many values of ``x`` lie beyond the grid, 0-dim."""
         return torch.zeros((), device=x.device)

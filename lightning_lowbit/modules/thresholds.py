@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lowbit.modules.base import Site
+from lightning_lowbit.modules.observed import ObservedQuantizer
 from lightning_lowbit.modules.quantizer import Quantizer
 from lightning_lowbit.numerics.exponent import log2_threshold, pow2
 from lightning_lowbit.numerics.grid import Grid
@@ -31,7 +32,7 @@ Initialization = Literal["mse", "max", "3sd", "klj", "percentile"]
 LOG2_T_LIMIT = 32
 
 
-class ThresholdQuantizer(Quantizer):
+class ThresholdQuantizer(ObservedQuantizer):
     """Signed: codes -2^(b-1) .. 2^(b-1)-1, s = 2^ceil(log2_t) / 2^(b-1); unsigned: 0 .. 2^b-1, s =
     2^ceil(log2_t) / 2^b.
 
@@ -58,10 +59,10 @@ class ThresholdQuantizer(Quantizer):
     ) -> None:  # fmt: skip
         super().__init__(site)
         self.bits, self.initialization, self.percentile = bits, initialization, percentile
-        self.rounding, self.narrow, self.same_grid = rounding, narrow, False
+        self.histogram = initialization not in ("max", "3sd")
+        self.rounding, self.narrow = rounding, narrow
         self.log2_t = nn.Parameter(torch.zeros(1, dtype=torch.float32), requires_grad=trainable)
         self.register_buffer("frozen", torch.zeros(()))
-        self.observer: RangeObserver | None = None
 
     @property
     def qmin(self) -> int:
@@ -111,40 +112,8 @@ class ThresholdQuantizer(Quantizer):
                 member.log2_t = self.log2_t
                 member.same_grid = same_grid
 
-    def observe(self, x: Tensor) -> None:
-        if self.observer is None:
-            self.observer = RangeObserver()
-        self.observer.observe(x)
-
-    def forget(self) -> None:
-        self.observer = None
-
-    def _observed(self) -> list[tuple[ThresholdQuantizer, RangeObserver]]:
-        """Members that take part in finding the threshold, with what they saw, if anything."""
-        members = [m for m in self.group if isinstance(m, ThresholdQuantizer)]
-        for member in members:
-            member.observer = member.observer or RangeObserver()
-        return [(m, m.observer) for m in members if m.observer is not None]
-
-    def close_pass(self, all_reduce: AllReduce) -> bool:
-        seen = self._observed()
-        for member, observer in seen:
-            observer.reduce(all_reduce)
-            member.require_finite(int(observer.stats.nonfinite))
-            if member.site.signed is None:
-                member.set_signed(bool(observer.stats.low < 0))
-        if self.same_grid and any(member.signed for member, _ in seen):
-            for member, _ in seen:
-                member.set_signed(True)
-        if self.initialization in ("max", "3sd"):
-            return False
-        high = max(observer.stats.abs_max(member.signed) for member, observer in seen)
-        for _, observer in seen:
-            observer.second_pass(high)
-        return True
-
     def commit(self, all_reduce: AllReduce) -> None:
-        seen = self._observed()
+        seen = self.observed()
         for _, observer in seen:
             if observer.histogram is not None:
                 observer.reduce(all_reduce)

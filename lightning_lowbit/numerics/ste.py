@@ -19,7 +19,18 @@ from torch.autograd.function import once_differentiable
 from lightning_lowbit.numerics.exponent import pow2
 from lightning_lowbit.numerics.rounding import Rounding, round_to
 
-__all__ = ["fake_quantize", "gate_backward", "threshold_quantize", "threshold_quantize_reference"]
+__all__ = [
+    "eager_cpu",
+    "fake_quantize",
+    "gate_backward",
+    "open_interval",
+    "slices",
+    "threshold_quantize",
+    "threshold_quantize_reference",
+    "ulp",
+]
+
+Window = tuple[float, float]
 
 _LN2 = math.log(2.0)
 _LOG2_T_LIMIT = 32  # thresholds beyond 2^+-32 act as that; their gradient passes
@@ -69,8 +80,8 @@ def threshold_quantize(
     Returns:
         y, float32 (float64 for float64 x), shape and memory format of x.
     """
-    if _eager_cpu(x) and _lean_rounds(rounding, qmin, qmax):
-        y = _apply(_Lean, x, log2_t, _host_scale(float(log2_t.detach()), point), qmin, qmax, rectify)
+    if eager_cpu(x) and _lean_rounds(rounding, qmin, qmax):
+        y = _apply(_Lean, x, log2_t, _host_scale(float(log2_t.detach()), point), qmin, qmax, rectify, None)
     else:
         y = _apply(_Formula, x, log2_t, qmin, qmax, point, rounding, rectify)
     return y
@@ -143,21 +154,35 @@ class _Formula(torch.autograd.Function):
         return dx, dlog2_t.to(dtype).reshape(shape), None, None, None, None, None
 
 
+def _inside(v: Tensor, r: Tensor, qmin: int, qmax: int, window: Window | None) -> Tensor:
+    """Where the gradient passes: v in the open window, or its code r in the grid."""
+    if window is None:
+        return (r >= qmin) & (r <= qmax)
+    return (v > window[0]) & (v < window[1])
+
+
 def _formula_backward(
-    g: Tensor, x: Tensor, s: Tensor, qmin: int, qmax: int, rounding: Rounding, rectify: bool
+    g: Tensor,
+    x: Tensor,
+    s: Tensor,
+    qmin: int,
+    qmax: int,
+    rounding: Rounding,
+    rectify: bool,
+    window: Window | None = None,
 ) -> tuple[Tensor, Tensor]:
     z = x.to(s.dtype)
     z = z.relu() if rectify else z
     v = z * s.reciprocal()
     r = round_to(v, rounding)
-    inside = (r >= qmin) & (r <= qmax)
+    inside = _inside(v, r, qmin, qmax, window)
     c = torch.where(inside, r - v, r.clamp(qmin, qmax))
     c = torch.where(z.isfinite(), c, 0.0)
     passed = inside & (x > 0) if rectify else inside
     return torch.where(passed, g, 0.0).to(x.dtype), (g * c).sum() * (s * _LN2)
 
 
-def _eager_cpu(x: Tensor) -> bool:
+def eager_cpu(x: Tensor) -> bool:
     """Plain dense CPU tensors outside tracing; anything else takes a form that never reads a value."""
     return (
         not torch.compiler.is_compiling()
@@ -182,19 +207,32 @@ def _dense_format(x: Tensor) -> torch.memory_format | None:
     return None
 
 
-def _slices(x: Tensor, size: int) -> tuple[Tensor, ...]:
+def slices(x: Tensor, size: int) -> tuple[Tensor, ...]:
     """Views of at most ``size`` elements that cover x in memory order."""
     return torch.split(x.as_strided((x.numel(),), (1,)), size) if x.numel() > size else (x,)
 
 
-@functools.cache
-def _open_interval(qmin: int, qmax: int, dtype: torch.dtype) -> tuple[float, float]:
-    """Strict bounds on v for qmin <= round_half_even(v) <= qmax."""
-    low, high = torch.tensor((qmin - 0.5, qmax + 0.5), dtype=dtype)
+def open_interval(qmin: int, qmax: int, dtype: torch.dtype) -> Window:
+    """Strict bounds on v for qmin <= round_half_even(v) <= qmax, as numbers of ``dtype``.
+
+    >>> open_interval(1, 3, torch.float32)  # the ties 0.5 and 3.5 go to the even codes 0 and 4
+    (0.5, 3.5)
+    >>> open_interval(0, 2, torch.float32) == (-0.5 - 2.0**-24, 2.5 + 2.0**-22)
+    True
+    """
+    low, high = qmin - 0.5, qmax + 0.5
     # A tie goes to the even code: the bound itself is inside if the code beside it is even.
-    low = low.nextafter(low - 1) if qmin % 2 == 0 else low
-    high = high.nextafter(high + 1) if qmax % 2 == 0 else high
-    return low.item(), high.item()
+    low -= ulp(low, dtype) if qmin % 2 == 0 else 0.0
+    high += ulp(high, dtype) if qmax % 2 == 0 else 0.0
+    return low, high
+
+
+def ulp(v: float, dtype: torch.dtype) -> float:
+    """The distance from v to the next number of ``dtype`` that is farther from 0."""
+    return math.ldexp(1.0, math.frexp(v)[1] - (53 if dtype == torch.float64 else 24))
+
+
+_cached_interval = functools.cache(open_interval)  # not under torch.compile, which objects to caches
 
 
 @functools.cache
@@ -210,17 +248,26 @@ class _Lean(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, log2_t: Tensor | None, s: float, qmin: int, qmax: int, rectify: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        log2_t: Tensor | None,
+        s: float,
+        qmin: int,
+        qmax: int,
+        rectify: bool,
+        window: Window | None,
+    ) -> Tensor:
         dtype = _compute_dtype(x)
         ctx.save_for_backward(x)
         ctx.log2_t = None if log2_t is None else (log2_t.shape, log2_t.dtype)
-        ctx.grid = s, qmin, qmax, rectify
+        ctx.grid = s, qmin, qmax, rectify, window
         # Adding 1.5 * 2^23 steps leaves no bits below one step: the adder itself rounds, half to even.
         magic = s * _MAGIC[dtype]
         low, high = s * (max(qmin, 0) if rectify else qmin), s * qmax  # relu comes free with the clip
         y = torch.empty_like(x, dtype=dtype)
         size = _SLICE * torch.get_num_threads()
-        for x_i, y_i in zip(_slices(x, size), _slices(y, size), strict=True):
+        for x_i, y_i in zip(slices(x, size), slices(y, size), strict=True):
             torch.add(x_i.to(dtype), magic, out=y_i)
             y_i.sub_(magic).clamp_(low, high)
         return y
@@ -229,18 +276,18 @@ class _Lean(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        s, qmin, qmax, rectify = ctx.grid
+        s, qmin, qmax, rectify, window = ctx.grid
         dtype = g.dtype
         magic = s * _MAGIC[dtype]
         low, high = s * (max(qmin, 0) if rectify else qmin), s * qmax
-        first, last = (s * bound for bound in _open_interval(qmin, qmax, dtype))
+        first, last = (s * bound for bound in window or _cached_interval(qmin, qmax, dtype))
         first = 0.0 if rectify else first
         train_threshold = ctx.needs_input_grad[1]
         one = _one(dtype)
         g = g.contiguous(memory_format=_dense_format(x) or torch.contiguous_format)
         dx = torch.empty_like(x, dtype=dtype)
         size = _SLICE * torch.get_num_threads()
-        xs, gs, dxs = _slices(x, size), _slices(g, size), _slices(dx, size)
+        xs, gs, dxs = slices(x, size), slices(g, size), slices(dx, size)
         inside, c = torch.empty_like(xs[0], dtype=dtype), torch.empty_like(xs[0], dtype=dtype)
         total = 0.0
         for x_i, g_i, dx_i in zip(xs, gs, dxs, strict=True):
@@ -259,53 +306,64 @@ class _Lean(torch.autograd.Function):
             total += float(c.mul_(g_i).sum())  # not torch.dot: the cascade of sum keeps two more digits
         if not math.isfinite(total):
             step = torch.tensor(s, dtype=dtype)
-            dx, exact = _formula_backward(g, x, step, qmin, qmax, Rounding.HALF_EVEN, rectify)
+            dx, exact = _formula_backward(g, x, step, qmin, qmax, Rounding.HALF_EVEN, rectify, window)
             total = float(exact) / _LN2
         dx = dx.to(x.dtype)
         if not train_threshold:
-            return dx, None, None, None, None, None
+            return dx, None, None, None, None, None, None
         shape, log2_t_dtype = ctx.log2_t
-        return dx, torch.full(shape, total * _LN2, dtype=log2_t_dtype), None, None, None, None
+        return dx, torch.full(shape, total * _LN2, dtype=log2_t_dtype), None, None, None, None, None
 
 
 def fake_quantize(
-    x: Tensor, exponent: Tensor, *, qmin: int, qmax: int, rounding: Rounding = Rounding.HALF_EVEN
+    x: Tensor,
+    exponent: Tensor,
+    *,
+    qmin: int,
+    qmax: int,
+    rounding: Rounding = Rounding.HALF_EVEN,
+    window: Window | None = None,
 ) -> Tensor:
     """Quantize to a given power-of-two grid: y = clip(round(x / s), qmin, qmax) * s with s = 2^exponent.
 
-    The gradient passes where qmin <= round(x / s) <= qmax and is 0 elsewhere, NaN included.
+    The gradient passes where qmin <= round(x / s) <= qmax, or where x / s is in ``window``; it is 0 elsewhere,
+    NaN included.
 
     Args:
         x: float tensor of any shape and memory format; half-precision types are computed in float32.
         exponent: log2 of the step; integers, 0-dim or broadcastable against x (one per channel).
         qmin, qmax: first and last code.
         rounding: ties as named; HALF_EVEN with one exponent is the fast one.
+        window: the open interval of x / s, in codes, that passes gradient.
     Returns:
         y, float32 (float64 for float64 x), shape of x.
     """
-    if exponent.numel() > 1 or not _eager_cpu(x):
+    if exponent.numel() > 1 or not eager_cpu(x):
         s = pow2(exponent, _compute_dtype(x))
-        return _apply(_Static, x, s, qmin, qmax, rounding)
+        return _apply(_Static, x, s, qmin, qmax, rounding, window)
     step = math.ldexp(1.0, int(exponent.detach()))
     if _lean_rounds(rounding, qmin, qmax) and 2.0**-_LEAN_EXPONENTS <= step <= 2.0**_LEAN_EXPONENTS:
-        return _apply(_Lean, x, None, step, qmin, qmax, False)
+        return _apply(_Lean, x, None, step, qmin, qmax, False, window)
     s = torch.tensor(step, dtype=_compute_dtype(x))  # what pow2 gives, in one operation
-    return _apply(_Static, x, s, qmin, qmax, rounding)
+    return _apply(_Static, x, s, qmin, qmax, rounding, window)
 
 
 class _Static(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, s: Tensor, qmin: int, qmax: int, rounding: Rounding) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, s: Tensor, qmin: int, qmax: int, rounding: Rounding, window: Window | None
+    ) -> Tensor:
         ctx.save_for_backward(x, s)
-        ctx.grid = qmin, qmax, rounding
+        ctx.grid = qmin, qmax, rounding, window
         return round_to(x.to(s.dtype) / s, rounding).clamp(qmin, qmax) * s
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, s = ctx.saved_tensors
-        qmin, qmax, rounding = ctx.grid
-        r = round_to(x.to(s.dtype) / s, rounding)
-        return torch.where((r >= qmin) & (r <= qmax), g, 0.0).to(x.dtype), None, None, None, None
+        qmin, qmax, rounding, window = ctx.grid
+        v = x.to(s.dtype) / s
+        inside = _inside(v, round_to(v, rounding), qmin, qmax, window)
+        return torch.where(inside, g, 0.0).to(x.dtype), None, None, None, None, None
 
 
 class _Gate(torch.autograd.Function):

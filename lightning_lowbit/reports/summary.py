@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_lowbit.graph.network import follow
 from lightning_lowbit.graph.ops import Kind
@@ -94,6 +94,7 @@ def summarize(module: nn.Module, tally: Tally | None = None) -> Summary:
         kinds = ", ".join(f"{name} ({len(paths)})" for name, paths in conversion.float_by_nature.items())
         report.notes.append(f"float by nature: {kinds}")
     report.notes += [f"not followed: {note}" for note in conversion.uncovered]
+    report.notes += conversion.notes
     report.notes += [f"trains badly: {finding}" for finding in conversion.findings]
     report.notes += claims(module, report)
     return report
@@ -116,7 +117,7 @@ def claims(module: nn.Module, report: Summary) -> list[str]:
     norms = sum(getattr(part, "island", False) and not part.scheme.carries_errors for part in low)
     if norms:
         reasons.append(f"{norms} float batch norms between integer sums")
-    rectifiers = sum(isinstance(q, Quantizer) and not q.has_grid for q in module.modules())
+    rectifiers = sum(isinstance(q, Quantizer) and not q.has_grid and q.site.role != "unit" for q in module.modules())
     if rectifiers:
         reasons.append(f"{rectifiers} float activations")
     exact = "yes, up to the float result of the last layer" if not reasons else f"no: {'; '.join(reasons)}"
@@ -144,7 +145,7 @@ def sums_exact(layer: LowBitLayer) -> bool | None:
     if source is None or weight is None or unit is None:
         return None
     grid = source.grid()
-    folded, bias = _as_in_evaluation(layer)
+    folded, bias = layer.in_evaluation()
     codes = weight.quantize(folded.detach()).double() / pow2(weight.exponent(), torch.float64)
     bias_codes = None
     if bias is not None:
@@ -156,17 +157,6 @@ def sums_exact(layer: LowBitLayer) -> bool | None:
         codes = codes.reshape(layer.groups, -1, *codes.shape[1:]).transpose(1, 2).flatten(0, 1)
         return float_sums_exact(codes, x_max, bias_codes, 0)
     return float_sums_exact(codes, x_max, bias_codes, layer.out_axis)
-
-
-def _as_in_evaluation(layer: LowBitLayer) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias with the moving statistics folded in, whatever mode the norm is in."""
-    if layer.norm is None:
-        return layer.effective(layer.weight)
-    training, layer.norm.training = layer.norm.training, False
-    try:
-        return layer.effective(layer.weight)
-    finally:
-        layer.norm.training = training
 
 
 def print_report(

@@ -69,7 +69,6 @@ class Bnn(Scheme):
     """
 
     name: ClassVar[str] = "bnn"
-    ties: ClassVar[bool] = False
 
     ste: Ste = "htanh"
     weight_ste: Ste = "identity"
@@ -152,6 +151,9 @@ class Bnn(Scheme):
             end = "first" if site.first else "last" if site.last else "depthwise"
             return f"{end} layer, by {end}='float'"
         return None
+
+    def tied(self, root: nn.Module, flow: Flow, plan: Plan) -> list[list[str]]:
+        return [tie for tie in plan.ties if tie[0].endswith(".lowbit_weight")]  # signs have no step to share
 
     def policy(self, site: Site) -> str:
         """float, float_input, binary or int8: what becomes of the layer that a site belongs to."""

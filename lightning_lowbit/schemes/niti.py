@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,10 @@ from lightning_lowbit.modules.quantizer import Quantizer, on
 from lightning_lowbit.numerics.block import ShiftRounding
 from lightning_lowbit.schemes.niti_training import NitiRule, mu_event
 from lightning_lowbit.schemes.options import check_choice
+
+if TYPE_CHECKING:
+    from lightning_lowbit.graph.network import Flow
+    from lightning_lowbit.graph.plan import Plan
 
 __all__ = ["Niti"]
 
@@ -96,8 +100,6 @@ class Niti(Scheme):
     name: ClassVar[str] = "niti"
     carries_errors: ClassVar[bool] = True
     reproducible: ClassVar[bool] = True
-    ties: ClassVar[bool] = False
-    weight_ties: ClassVar[bool] = False
 
     mu: int | tuple[int, ...] | None = None
     mu_at: tuple[Moment, ...] = (0, 0.5, 0.75)
@@ -176,6 +178,9 @@ class Niti(Scheme):
 
     def leaves_float(self, site: Site, module: nn.Module) -> str | None:
         return unsupported(module)
+
+    def tied(self, root: nn.Module, flow: Flow, plan: Plan) -> list[list[str]]:
+        return []  # exponents are aligned when values are added
 
     def quantizer(self, site: Site) -> Quantizer | None:
         made: BlockRange | WeightCodes | None = None

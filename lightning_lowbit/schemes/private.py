@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer
 
 from lightning_lowbit.modules.base import StepContext
 
-__all__ = ["PrivateOptimizer", "cosine_rate"]
+__all__ = ["PrivateOptimizer", "cosine_rate", "drop_gradients"]
 
 
 def cosine_rate(lr: float, begun: int, context: StepContext) -> float:
@@ -25,6 +25,13 @@ def cosine_rate(lr: float, begun: int, context: StepContext) -> float:
         return lr
     share = min(1.0, (context.step - begun) / max(1, context.total_steps - begun))
     return lr * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def drop_gradients(optimizer: Optimizer) -> None:
+    """Leave an optimizer nothing to step: no gradient, no decay, no momentum."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
 
 
 class PrivateOptimizer:

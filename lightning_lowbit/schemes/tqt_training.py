@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.modules.base import StepContext, UpdateRule
 from lightning_lowbit.modules.thresholds import ThresholdQuantizer
-from lightning_lowbit.schemes.private import PrivateOptimizer, cosine_rate
+from lightning_lowbit.schemes.private import PrivateOptimizer, cosine_rate, drop_gradients
 
 if TYPE_CHECKING:
     from lightning_lowbit.schemes.tqt import Tqt
@@ -150,10 +150,8 @@ class ThresholdRule(UpdateRule):
         return NormedSgd(thresholds, lr=lr, beta=beta2)
 
     def before_step(self, optimizer: Optimizer, context: StepContext) -> None:
-        if self.scheme.mode in ("static", "retrain_th"):  # weights stay: no gradient, no decay, no momentum
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    parameter.grad = None
+        if self.scheme.mode in ("static", "retrain_th"):  # weights stay
+            drop_gradients(optimizer)
 
     def milestone(self, what: str, reached: bool, when: int) -> None:
         self.when[what] = when

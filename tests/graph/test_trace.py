@@ -151,3 +151,17 @@ def test_calls_in_place() -> None:
 def test_containers_and_leaves() -> None:
     assert is_leaf(nn.MultiheadAttention(2, 1))
     assert not any(is_leaf(m) for m in (nn.Sequential(), DenseBlock(1, 2, 2), nn.TransformerEncoderLayer(2, 1, 2)))
+
+
+@pytest.mark.parametrize("name", ["T", "mT"])
+def test_a_transposed_view_is_read_like_the_tensor(name: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(getattr(self.first(x), name))
+
+    first, view, second = follow(Net()).calls
+    assert (view.kind, view.inputs, second.inputs) == (Kind.KEEP, [first], [view])

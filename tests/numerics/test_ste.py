@@ -13,6 +13,7 @@ from lightning_lowbit.numerics.rounding import Rounding
 from lightning_lowbit.numerics.ste import (
     fake_quantize,
     gate_backward,
+    open_interval,
     threshold_quantize,
     threshold_quantize_reference,
 )
@@ -269,3 +270,46 @@ def test_compiled_equals_eager(rectify: bool) -> None:
     assert torch.equal(fast[0], eager[0])
     assert torch.equal(fast[1], eager[1])
     torch.testing.assert_close(fast[2], eager[2], rtol=1e-5, atol=0.0)
+
+
+WINDOWS = {"codes -3..5": (-3.5, 5.5), "above 0": (0.0, 7.0), "none": (0.5, 0.5)}
+
+
+@pytest.mark.parametrize("form", ["one", "channel", "int32 codes"])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_window_decides_the_gradient_and_not_the_values(window: str, form: str) -> None:
+    step, bounds = 2.0**-3, WINDOWS[window]
+    x = ties_and_noise(14, step, (60, 50))
+    x = torch.cat([x, torch.tensor([*bounds, math.nan, math.inf, -math.inf] * 10)[None] * step]).requires_grad_()
+    exponent = torch.full((50,) if form == "channel" else (), -3, dtype=torch.int32)
+    grid = {"qmin": -(2**31), "qmax": 2**31 - 1} if form == "int32 codes" else {"qmin": -8, "qmax": 7}
+    y = fake_quantize(x, exponent, **grid, window=bounds)
+    torch.testing.assert_close(y, fake_quantize(x, exponent, **grid), rtol=0.0, atol=0.0, equal_nan=True)
+    g = torch.randn(x.shape, generator=torch.Generator().manual_seed(15))
+    (dx,) = torch.autograd.grad(y, x, g)
+    v = x.detach() / step
+    assert torch.equal(dx, torch.where((v > bounds[0]) & (v < bounds[1]), g, 0.0))
+
+
+def test_a_window_over_all_codes_is_the_default() -> None:
+    for dtype in (torch.float32, torch.float64):
+        for qmin, qmax in ((-128, 127), (-127, 127), (0, 255)):
+            x = ties_and_noise(16, 2.0**-7, (3000,)).to(dtype).requires_grad_()
+            x = torch.cat([x, x.nextafter(x + 1), x.nextafter(x - 1)]).detach().requires_grad_()
+            window = open_interval(qmin, qmax, dtype)
+            exponent = torch.tensor(-7)
+            ys = [fake_quantize(x, exponent, qmin=qmin, qmax=qmax, window=w) for w in (window, None)]
+            assert torch.equal(*(torch.autograd.grad(y.sum(), x)[0] for y in ys))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_open_interval_is_tight(dtype: torch.dtype) -> None:
+    for qmin, qmax in ((-128, 127), (-127, 126), (1, 254), (0, 0), (-65535, 65534), (2, 6)):
+        low, high = open_interval(qmin, qmax, dtype)
+        bounds = torch.tensor([low, high], dtype=dtype)
+        assert bounds.tolist() == [low, high]
+        inner = torch.stack([bounds[0].nextafter(bounds[1]), bounds[1].nextafter(bounds[0])]).round()
+        outer = bounds.round()
+        assert inner.tolist() == [qmin, qmax]
+        assert outer[0] < qmin
+        assert outer[1] > qmax

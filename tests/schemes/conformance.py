@@ -33,6 +33,12 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
         {"update": "bop", "bop_gamma": 0.1, "first": "binary", "pad_value": 1, "relu": "hardtanh"},
         {"stochastic": "both", "latent_std": 0.5, "scale": "max", "ste": "progressive"},
     ),
+    "f8net": (
+        {},
+        {"clip": False, "select": "grid", "freeze_fraclen": None, "freeze_batch_norm": None, "rescale": "none"},
+        {"ties": "realign", "select": "histogram", "ste": "clip", "avgpool": "shift"},
+        {"ties": "reference", "bits": 5, "weight_select": "histogram", "alpha_lr": 0.01},
+    ),
     "tqt": (
         {},
         {"bits": 4, "freeze_batch_norm": None},

@@ -1,0 +1,120 @@
+"""What fixed-point layers and sums compute: in evaluation the very integers, by float arithmetic under a proof."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_lowbit.modules.elementwise import LowBitAvgPool, LowBitOp, LowBitReLU
+from lightning_lowbit.modules.fraclen import FraclenInput
+from lightning_lowbit.modules.layers import LowBitLayer
+from lightning_lowbit.modules.quantizer import on
+from lightning_lowbit.numerics.exponent import pow2
+from lightning_lowbit.numerics.guards import FLOAT32_EXACT, float_sums_exact
+
+__all__ = ["average", "classify", "multiply", "operate", "rescaling"]
+
+
+def multiply(layer: LowBitLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The layer's products, in evaluation exactly the integers' sums: float64 where float32 is not proved to hold them.
+
+    Args:
+        x: input on its grid.
+        weight, bias: on theirs; a float bias (or none) in training.
+    """
+    if layer.training or not layer.switch.quantizing or x.dtype == torch.float64 or _exact(layer, weight, bias):
+        return layer.op(x, weight, bias)
+    return layer.op(x.double(), weight.double(), None if bias is None else bias.double())
+
+
+def _exact(layer: LowBitLayer, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether float32 holds every partial sum (numerics.guards), by the weights as they are."""
+    source = layer.lowbit_input
+    if not isinstance(source, FraclenInput) or source.exponent().dim() or layer.lowbit_weight is None:
+        return False
+    if torch.compiler.is_compiling():  # reads no value: the largest weight in every place
+        terms = math.prod(weight.shape[1:]) if layer.out_axis == 0 else math.prod(weight.shape) // weight.shape[1]
+        return bias is None and terms * source.qmax * 2**7 < FLOAT32_EXACT
+    unit = layer.accumulator_exponent()
+    if unit is None or layer.lowbit_weight.exponent().dim():
+        return False
+    codes = weight.double() * pow2(-layer.lowbit_weight.exponent(), torch.float64)
+    biases = None if bias is None else bias.double() * pow2(-unit, torch.float64)
+    if layer.out_axis == 1 and layer.groups > 1:  # one group after the other holds its own outputs
+        codes = codes.reshape(layer.groups, -1, *codes.shape[1:]).transpose(1, 2).flatten(0, 1)
+        return float_sums_exact(codes, source.qmax, biases, 0)
+    return float_sums_exact(codes, source.qmax, biases, layer.out_axis)
+
+
+def operate(op: LowBitOp, *operands: Any, **settings: Any) -> Tensor:
+    """A sum, a mean or a rectifier: in evaluation on float64, which holds any sum of the int32 results before it.
+
+    A rectifier that only unsigned readers follow (``rectified_by``) is left to their clip, which ends at 0.
+    """
+    if not op.switch.quantizing:
+        return op.op(*operands, **settings)
+    if isinstance(op, LowBitReLU):
+        clips = op.__dict__.get("rectified_by", ())
+        return operands[0] if clips and all(q.ready for q in clips) else op.op(*operands)
+    if not op.training:
+        operands = tuple(_wide(operand) for operand in operands)
+    return op.op(*operands, **settings)
+
+
+def _wide(operand: Any) -> Any:
+    if isinstance(operand, (list, tuple)):
+        return [_wide(item) for item in operand]
+    return operand.double() if isinstance(operand, Tensor) and operand.dtype == torch.float32 else operand
+
+
+def average(op: LowBitAvgPool, x: Tensor, *args: Any, **settings: Any) -> Tensor:
+    """sum 2^-p with p = round(log2 n), for windows of n values: a mean by a shift, off by 2^p / n (section 7).
+
+    Where weights make up for that (``FraclenInput.mean``) they find the factor on the op. Windows that count different
+    numbers of values are divided exactly.
+    """
+    sums, count = op.sums(x if op.training else _wide(x), *args, **settings)
+    if isinstance(count, Tensor):
+        op.__dict__["factor"] = 1.0
+        return sums / count
+    shift = 2.0 ** round(math.log2(count))
+    op.__dict__["factor"] = shift / count
+    return sums / shift
+
+
+def rescaling(weight: Tensor, codes: Tensor, kind: str) -> Tensor:
+    """k, which multiplies a quantized classifier's products (section 5).
+
+        constant    1 / (sqrt(outputs) std(codes))      as networks trained from scratch like it
+        stddev      std(weight) / std(codes)            what quantization took from the weights; keeps a float network
+        none        1
+
+    Args:
+        weight, codes: [outputs, inputs], before and after quantization.
+    """
+    if kind == "none":
+        return torch.ones((), dtype=codes.dtype, device=codes.device)
+    spread = codes.detach().std().clamp(min=torch.finfo(codes.dtype).tiny)
+    return 1 / (math.sqrt(codes.shape[0]) * spread) if kind == "constant" else weight.detach().std() / spread
+
+
+def classify(layer: LowBitLayer, x: Tensor, kind: str) -> Tensor:
+    """A rescaled classifier: integer products, times one float constant (section 5).
+
+    y = unit k (q W_q) + b             training
+    y = unit k (q W_q + b_q)           evaluation, b_q = b / (unit k) on the products' grid
+    """
+    source = layer.lowbit_input
+    assert isinstance(source, FraclenInput)
+    q, unit = source(x), source.unit()
+    weight = on(layer.lowbit_weight, source.absorb(layer.weight))
+    scale = rescaling(layer.weight, weight, kind)
+    scale = scale if unit is None else scale * unit
+    if layer.training:
+        y = layer.op(q, weight, None) * scale
+        return y if layer.bias is None else y + layer.bias
+    bias = None if layer.bias is None else on(layer.lowbit_bias, layer.bias / scale)
+    return (multiply(layer, q, weight, bias) * scale).to(layer.weight.dtype)

@@ -1,0 +1,342 @@
+"""Fixed-point quantizers whose fractional lengths follow statistics, and the units that tensors travel in (F8Net)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lowbit.modules.base import Mode, Site
+from lightning_lowbit.modules.observed import ObservedQuantizer
+from lightning_lowbit.modules.quantizer import Quantizer
+from lightning_lowbit.modules.thresholds import BiasQuantizer
+from lightning_lowbit.numerics.exponent import pow2
+from lightning_lowbit.numerics.fraclen import choose, fix_quant, largest_code, largest_fraclen, measure
+from lightning_lowbit.numerics.grid import Grid
+from lightning_lowbit.numerics.observers import AllReduce, RangeObserver
+from lightning_lowbit.numerics.ranges import exponent_candidates, mse_by_exponent, threshold_mse_exponent
+
+__all__ = ["ALPHA_MIN", "EvaluationBias", "FraclenInput", "FraclenWeight", "InputFormat", "ResultUnit", "Ties"]
+
+Ties = Literal["shared", "realign", "reference"]
+
+ALPHA_MIN = 1e-3
+"""Least clip: a producer divides by it."""
+
+_FIRST_FRACLEN = 6.0  # before anything was seen
+
+
+@dataclass(frozen=True)
+class InputFormat:
+    """How a tensor that layers read is quantized; one value for a whole network.
+
+    Attributes:
+        bits: of a code.
+        select: statistic that fractional lengths are chosen by (numerics.fraclen.SELECTORS).
+        ste: gradient mask, strict or clip.
+        ties: what the readers of one edge class share. shared: clip and fractional length; realign: the clip, and
+            tensors move by a power of two where fractional lengths differ; reference: the clip, and they do not.
+        own_average: in "reference", whether the moving average is each reader's own.
+        momentum: of the moving average where it moves in the forward itself (``at_once``).
+        at_once: the average moves in the forward, not with the optimizer's step.
+        batch: training quantizes with the fractional length of its batch, not with the average.
+        per_channel: one fractional length a channel.
+        rounding: False only clips: the float network that is trained with the clip.
+    """
+
+    bits: int = 8
+    select: str = "rms"
+    ste: str = "strict"
+    ties: Ties = "shared"
+    own_average: bool = True
+    momentum: float = 0.1
+    at_once: bool = False
+    batch: bool = True
+    per_channel: bool = False
+    rounding: bool = True
+
+
+class FraclenInput(ObservedQuantizer):
+    """A tensor that a layer reads (F8Net sections 3.3 and 4).
+
+        q     = fix_quant(x; fraclen)              x in the unit of its edge class
+        unit  = 2^fraclen |alpha| / M              fraclen: moving average, rounded; 1 without alpha
+
+    In training the fraclen is that of the batch. All members of a tie share alpha (one Parameter under every member's
+    path); what else they share is the format's.
+
+    Args:
+        site: where it stands.
+        form: how it quantizes.
+        fixed: a fraclen that nothing moves (pixels).
+        absorbs: whether the layer's weights take up the unit; a rescaled classifier multiplies by it instead.
+
+    Attributes:
+        fraclen: moving average, float32 [1], or [C] per channel; of a private one how far it is from its leader's, so
+            that it stays what it is when the leader's, and with it the unit, moves.
+        current: of the present batch, not saved.
+        sums: statistics since the last optimizer step, not saved.
+        private: whether it has a fraclen of its own where its tie shares one: means are smaller than what they are of.
+        limit: largest clip, where that does the work of a rectifier with an upper bound.
+        mean: the mean by a shift that it reads (fixed_point.average), with the factor that weights make up for.
+        frozen: whether the fraclen stands still.
+        ran: whether a training batch passed since the last optimizer step.
+    """
+
+    fraclen: Tensor
+    current: Tensor
+    sums: Tensor
+    alpha: nn.Parameter | None
+
+    def __init__(self, site: Site, form: InputFormat, fixed: int | None = None, absorbs: bool = True) -> None:
+        super().__init__(site)
+        self.form, self.fixed, self.absorbs = form, fixed, absorbs
+        channels = site.channels if form.per_channel and site.channels is not None else 1
+        self.register_buffer("fraclen", torch.full((channels,), _FIRST_FRACLEN if fixed is None else float(fixed)))
+        self.register_buffer("current", self.fraclen.clone(), persistent=False)
+        self.register_buffer("sums", torch.zeros_like(self._measure(torch.zeros(1, channels))), persistent=False)
+        self.register_parameter("alpha", None)
+        self.limit: float | None = None
+        self.private = False
+        self.__dict__["mean"] = None
+        self.frozen = self.ran = False
+
+    # -- formats ------------------------------------------------------------------------------------------
+    @property
+    def qmax(self) -> int:
+        return largest_code(self.form.bits, self.signed)
+
+    @property
+    def leader(self) -> FraclenInput:
+        """The member of its tie that runs first."""
+        return next(member for member in self.group if isinstance(member, FraclenInput))
+
+    @property
+    def relative(self) -> bool:
+        """Whether it keeps how far its fraclen is from its leader's."""
+        return self.private and self.leader is not self
+
+    @property
+    def chooser(self) -> FraclenInput:
+        """The member that chooses its fraclen in a training batch."""
+        return self.leader if self.form.ties == "shared" and not self.private else self
+
+    @property
+    def counted(self) -> FraclenInput:
+        """The member whose fraclen the unit goes by."""
+        return self.leader if self.form.ties == "shared" or self.private else self
+
+    @property
+    def average(self) -> FraclenInput:
+        """The member whose moving average it uses."""
+        return self.chooser if self.form.own_average else self.leader
+
+    def rounded(self) -> Tensor:
+        """The fraclen that evaluation, and the unit in all modes, goes by."""
+        fraclen = self.average.fraclen.detach().round()
+        if self.relative:
+            fraclen = self.leader.rounded() + fraclen
+        return fraclen.clamp(0, largest_fraclen(self.form.bits, self.signed))
+
+    def unit(self) -> Tensor | None:
+        """What 1 in the tensor is worth, 0-dim or [C] per channel; None is 1."""
+        if self.alpha is None or not self.ready or not self.switch.quantizing:
+            return None
+        unit = pow2(self.counted.rounded().to(torch.int32), self.alpha.dtype) * self.clip() / self.qmax
+        return unit if unit.numel() > 1 else unit.reshape(())
+
+    def clip(self) -> Tensor:
+        assert self.alpha is not None
+        return self.alpha.abs().clamp(min=ALPHA_MIN)
+
+    def exponent(self) -> Tensor:
+        exponent = -self.rounded().to(torch.int32)
+        return exponent if exponent.numel() > 1 else exponent.reshape(())
+
+    def grid(self) -> Grid:
+        exponent = self.exponent().tolist()
+        place: dict[str, Any] = {"axis": 1, "exponent": tuple(exponent)} if self.exponent().dim() else {}
+        return Grid(**{"bits": self.form.bits, "exponent": exponent, "signed": self.signed, "narrow": True, **place})
+
+    # -- forward ------------------------------------------------------------------------------------------
+    def quantize(self, x: Tensor, rectify: bool = False) -> Tensor:
+        form = self.form
+        if form.ties == "realign" and self.alpha is not None and self.counted is not self.leader:
+            x = x * pow2((self.leader.rounded() - self.rounded()).to(torch.int32), x.dtype)
+        y = fix_quant(
+            x, self._fraclen(x), bits=form.bits, signed=self.signed, ste=form.ste, axis=1, rounding=form.rounding
+        )
+        return y.to(self.fraclen.dtype)  # sums of wide tensors come in float64
+
+    def _fraclen(self, x: Tensor) -> Tensor:
+        if not self.training or self.frozen or self.fixed is not None:
+            return self.rounded()
+        source = self.chooser
+        if source is self and torch.is_grad_enabled():
+            self._follow(x.detach())
+        return source.current if self.form.batch else self.rounded()
+
+    @torch.no_grad()
+    def _follow(self, x: Tensor) -> None:
+        """Take the statistics of a training batch; what there is nothing to learn from leaves all as it is."""
+        sums = self._measure(x, None if self.form.at_once or self.relative else self.unit())
+        chosen = choose(sums, self.form.select, self.form.bits, self.signed).to(self.fraclen.dtype)
+        known = sums[..., 0] > 0
+        self.current.copy_(torch.where(known, chosen, self.rounded()))
+        if self.form.at_once:
+            average = self.average.fraclen
+            average.lerp_(torch.where(known, chosen, average), self.form.momentum)
+        else:
+            self.ran = True
+            self.sums.add_(sums)
+
+    def _measure(self, x: Tensor, unit: Tensor | None = None) -> Tensor:
+        """Statistics in true units: by those of the stream a fraclen, which is part of its unit, would drive itself."""
+        axis = 1 if self.form.per_channel else None
+        select = self.form.select
+        as_it_comes = self.form.at_once and select in ("std", "mae", "rms")  # published: not of what is left of it
+        return measure(x, select, self.form.bits, self.signed or as_it_comes, axis, unit)
+
+    def absorb(self, weight: Tensor) -> Tensor:
+        if self.__dict__["mean"] is not None and self.switch.quantizing:
+            weight = weight * self.__dict__["mean"].__dict__.get("factor", 1.0)
+        unit = self.unit() if self.absorbs else None
+        if unit is None:
+            return weight
+        if unit.dim() == 0:
+            return weight * unit
+        axis = 1 if weight.shape[1] == unit.numel() else 0  # depthwise: one input channel for each output channel
+        return weight * unit.reshape([-1 if i == axis else 1 for i in range(weight.dim())])
+
+    def saturated(self, x: Tensor) -> Tensor:
+        codes = torch.round(x.detach() * pow2(-self.exponent(), x.dtype)) if self.exponent().dim() == 0 else x
+        return (codes.abs() if self.signed else codes).gt(self.qmax).sum()
+
+    # -- ties and calibration -----------------------------------------------------------------------------
+    def share(self, group: Sequence[Quantizer], same_grid: bool) -> None:
+        alpha = nn.Parameter(torch.tensor(8.0))
+        for member in group:
+            if isinstance(member, FraclenInput):
+                member.alpha, member.same_grid = alpha, True  # one unit has one M
+
+    def commit(self, all_reduce: AllReduce) -> None:
+        seen = self.observed()
+        for _, observer in seen:
+            observer.reduce(all_reduce)
+        candidates = exponent_candidates(torch.stack([o.stats.abs_max(m.signed) for m, o in seen]).max(), 12)
+        errors = {member: self._errors(observer, candidates) for member, observer in seen}
+        clipped = [member for member in errors if not member.relative]  # alpha is the clip of all of them
+        best = self._best(candidates, torch.stack([errors[member] for member in clipped]).sum(0))
+        if best is not None:
+            with torch.no_grad():
+                if self.alpha is not None:  # the unit begins as a power of two, 1 where the fraclen has room for it
+                    self.alpha.fill_(min(self.qmax * 2.0**-best, self.limit or torch.inf))
+                for member in errors:
+                    own = self._best(candidates, errors[member]) if member.relative else best
+                    member._begin(best if own is None else own, best)
+        self.set_ready(best is not None)  # zero throughout: open until a later calibration sees something
+
+    def _begin(self, fraclen: int, of_unit: int) -> None:
+        """Start at the best fraclen for values in true units; ``of_unit`` is that of the tie."""
+        if self.fixed is None:
+            most = largest_fraclen(self.form.bits, self.signed)
+            self.fraclen.fill_(fraclen - of_unit if self.relative else min(max(fraclen, 0), most))
+            self.current.copy_(self.rounded())
+
+    def _errors(self, observer: RangeObserver, candidates: Tensor) -> Tensor:
+        assert observer.histogram is not None
+        least = -self.qmax if self.signed else 0
+        point = largest_fraclen(self.form.bits, self.signed)
+        return mse_by_exponent(observer.histogram, candidates, least, self.qmax, point)
+
+    def _best(self, candidates: Tensor, errors: Tensor) -> int | None:
+        """The fraclen of the least error; None where all was zero."""
+        threshold = threshold_mse_exponent(candidates, errors)
+        return None if threshold is None else largest_fraclen(self.form.bits, self.signed) - threshold
+
+
+class ResultUnit(Quantizer):
+    """Counts a layer's result in the unit of the tensor's readers: divides weight and bias by it.
+
+    It reads the unit of the last reader that stands before it in the tie.
+    """
+
+    has_grid = False
+
+    def quantize(self, x: Tensor, rectify: bool = False) -> Tensor:
+        unit = None if self.reader is None else self.reader.unit()
+        if unit is None:
+            return x
+        return x / (unit if unit.dim() == 0 else unit.reshape(-1, *[1] * (x.dim() - 1)))
+
+    @property
+    def reader(self) -> FraclenInput | None:
+        """Whose unit the result is in; None where that is 1."""
+        found = None
+        for member in self.group:
+            if member is self:
+                return found
+            found = member if isinstance(member, FraclenInput) else found
+        return None
+
+    def exponent(self) -> Tensor:
+        return torch.zeros((), dtype=torch.int32)
+
+    def grid(self) -> Grid:
+        return Grid(bits=32, exponent=0)
+
+
+class FraclenWeight(Quantizer):
+    """A layer's effective weight: its fraclen is chosen anew from every weight, in training and evaluation (section 3).
+
+    Args:
+        site: where it stands.
+        bits, select, ste: as of inputs; signed.
+        per_channel: one fraclen an output channel, by a closed form.
+    """
+
+    layer: Any
+
+    def __init__(
+        self, site: Site, bits: int = 8, select: str = "grid", ste: str = "strict", per_channel: bool = False
+    ) -> None:
+        super().__init__(site)
+        self.bits, self.select, self.ste, self.per_channel = bits, select, ste, per_channel
+        self.fraclen: Tensor | None = None  # of the weight that was quantized last: follows from it, hence not saved
+
+    def quantize(self, x: Tensor, rectify: bool = False) -> Tensor:
+        axis = 0 if self.per_channel else None
+        sums = measure(x.detach(), self.select, self.bits, True, axis=axis)
+        self.fraclen = choose(sums, self.select, self.bits, True)
+        return fix_quant(x, self.fraclen, bits=self.bits, ste=self.ste, axis=0)
+
+    def exponent(self) -> Tensor:
+        if self.fraclen is None:
+            self.quantize(self.layer.in_evaluation()[0])
+        assert self.fraclen is not None
+        return -self.fraclen.to(torch.int32)
+
+    def grid(self) -> Grid:
+        exponent = self.exponent().tolist()
+        place: dict[str, Any] = {"axis": 0, "exponent": tuple(exponent)} if self.exponent().dim() else {}
+        return Grid(**{"bits": self.bits, "exponent": exponent, "narrow": True, **place})
+
+    def saturated(self, x: Tensor) -> Tensor:
+        codes = torch.round(x.detach() * pow2(-self.exponent(), x.dtype)) if self.exponent().dim() == 0 else x
+        return codes.abs().gt(largest_code(self.bits, True)).sum()
+
+
+class EvaluationBias(BiasQuantizer):
+    """int32 on the grid of the products in evaluation; float while training."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site, 32, own=False)
+
+    def quantize(self, x: Tensor, rectify: bool = False) -> Tensor:
+        if self.training and self.switch.mode is Mode.LOWBIT:
+            return x
+        unit = self._unit()
+        return x if unit is None or unit.numel() > 1 else super().quantize(x, rectify)

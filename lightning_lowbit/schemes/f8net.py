@@ -1,0 +1,314 @@
+"""F8Net: 8-bit fixed-point multiplication only (Jin et al., ICLR 2022, arXiv:2202.05239)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from lightning_lowbit.errors import ConfigError
+from lightning_lowbit.graph.network import only_layers_read, readers
+from lightning_lowbit.graph.plan import Union
+from lightning_lowbit.graph.units import EdgeClass, edge_classes
+from lightning_lowbit.modules.base import Milestone, Moment, Scheme, Site, UpdateRule
+from lightning_lowbit.modules.elementwise import LowBitAvgPool, LowBitReLU
+from lightning_lowbit.modules.fixed_point import average, classify, multiply, operate
+from lightning_lowbit.modules.fraclen import EvaluationBias, FraclenInput, FraclenWeight, InputFormat, ResultUnit, Ties
+from lightning_lowbit.modules.layers import LowBitLayer
+from lightning_lowbit.modules.moments import check_moment
+from lightning_lowbit.modules.quantizer import Quantizer
+from lightning_lowbit.numerics.fraclen import SELECTORS
+from lightning_lowbit.schemes.options import check_choice
+
+if TYPE_CHECKING:
+    from lightning_lowbit.graph.network import Flow
+    from lightning_lowbit.graph.plan import OpPlan, Plan
+
+__all__ = ["F8Net"]
+
+Select = Literal["rms", "std", "mae", "grid", "histogram"]
+_CLOSED_FORM_BITS = 8
+_PIXEL_FRACLEN = 8  # pixels are n / 256
+_LEAST_STRICT_BITS = 4
+_SIX = 6.0
+
+
+@dataclass(frozen=True)
+class F8Net(Scheme):
+    """Fixed-point numbers throughout: int8 and uint8 codes n 2^-fraclen, int32 sums, shifts, and no other scale.
+
+    Fractional lengths follow the statistics of what passes. Tensors are counted in units of a trained clip alpha,
+    which the weights on both sides take up, so that nothing is divided at run time.
+
+    Args:
+        bits: what weight_bits and act_bits are if they are not given; 8 by itself.
+        weight_bits: bits of weights, signed (2 to 16).
+        act_bits: bits of what layers read, unsigned behind a rectifier.
+        select: how the fraclen of an activation is chosen: by its rms, std or mean magnitude (mae), or by a search for
+            the least error, over all values (grid) or a histogram. Closed forms are for 8 bits; other widths search.
+        weight_select: the same for weights.
+        momentum: of the moving average that evaluation rounds to a fraclen.
+        clip: train a clip alpha (PACT) for each edge class: tensors that are added or joined, and what only moves them.
+        ties: what the readers of one edge class share: "shared", clip and fraclen; "realign", the clip, and a shift
+            brings tensors from one fraclen to another; "reference", the clip, with the published units.
+        ste: which values pass gradients: "strict" (published: none from the last codes and from what rounds to an
+            unsigned 0) or "clip". Below 4 bits always "clip".
+        rescale: factor on the last linear layer's products: "stddev" (keeps a float network's function), "constant"
+            (published, for networks trained with it) or "none".
+        bias: "int32" on the products' grid in evaluation, or "float".
+        avgpool: "exact" division; "shift" by a power of two, the rest in the weights that read it; "reference" without.
+        pixels: the network's input is n / 256 and keeps 8 fraction bits; else it is signed and has its own fraclen.
+        alpha_lr: learning rate of the clips; None takes that of the optimizer that holds their layers' weights.
+        train: "all", or "statistics": weights and clips stand still, batch norms and fraclens follow the batches.
+        freeze_fraclen: from when on fraclens stand still; None never.
+        freeze_batch_norm: when folding goes over from batch to moving statistics.
+        warmup: when quantizers start in training from scratch.
+        floating: train the float network with its clips, as the published recipes do first.
+        preset: "recommended", or "reference" with the published code's order: averages move within the forward.
+        per_channel: in "reference", one fraclen a channel.
+        own_average: in "reference", whether each reader has a moving average of its own.
+
+    Fractions in ``freeze_*`` count from the start of quantization to the end of the run.
+    """
+
+    name: ClassVar[str] = "f8net"
+
+    bits: int | None = None
+    weight_bits: int | None = None
+    act_bits: int | None = None
+    select: Select = "rms"
+    weight_select: Select = "grid"
+    momentum: float = 0.1
+    clip: bool = True
+    ties: Ties = "shared"
+    ste: Literal["strict", "clip"] = "strict"
+    rescale: Literal["stddev", "constant", "none"] = "stddev"
+    bias: Literal["int32", "float"] = "int32"
+    avgpool: Literal["exact", "shift", "reference"] = "exact"
+    pixels: bool = False
+    alpha_lr: float | None = None
+    train: Literal["all", "statistics"] = "all"
+    freeze_fraclen: Moment | None = 0.5
+    freeze_batch_norm: Moment | None = 0.75
+    warmup: Moment = 0.3
+    floating: bool = False
+    preset: Literal["recommended", "reference"] = "recommended"
+    per_channel: bool = False
+    own_average: bool = True
+
+    def __post_init__(self) -> None:
+        base = 8 if self.bits is None else self.bits
+        for option in ("weight_bits", "act_bits"):
+            if getattr(self, option) is None:
+                object.__setattr__(self, option, base)
+            bits = getattr(self, option)
+            if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 16:
+                raise ConfigError(f"F8Net({option}={bits!r}): expected an integer from 2 to 16.")
+        object.__setattr__(self, "bits", None)  # spent: two ways to say the same are equal
+        for option in ("weight_select", "select"):
+            if getattr(self, option) not in SELECTORS:
+                raise ConfigError(f"F8Net({option}={getattr(self, option)!r}): expected one of {', '.join(SELECTORS)}.")
+        for option in ("ties", "ste", "rescale", "bias", "avgpool", "train", "preset"):
+            check_choice(type(self), option, getattr(self, option))
+        for option in ("warmup", "freeze_fraclen", "freeze_batch_norm"):
+            check_moment(f"F8Net: {option}", getattr(self, option))
+        if not 0 < self.momentum <= 1:
+            raise ConfigError(f"F8Net(momentum={self.momentum!r}): expected a number in (0, 1].")
+        if self.alpha_lr is not None and not self.alpha_lr >= 0:
+            raise ConfigError(f"F8Net(alpha_lr={self.alpha_lr!r}): expected a learning rate, or None.")
+        if self.preset != "reference" and (self.per_channel or not self.own_average):
+            raise ConfigError("F8Net: per_channel and own_average=False belong to preset='reference'.")
+
+    def replace(self, **options: Any) -> F8Net:
+        if "bits" in options:  # says anew what was settled when this one was made
+            options = {"weight_bits": None, "act_bits": None, **options}
+        return super().replace(**options)
+
+    @classmethod
+    def conventional(cls, **options: Any) -> F8Net:
+        """Fine-tuning of weights, batch norms and clips: the published long recipe, from any float network."""
+        return cls(**options)
+
+    @classmethod
+    def tiny(cls, **options: Any) -> F8Net:
+        """Tiny fine-tuning: no clips, weights stand still; N training batches renew batch norms and fraclens."""
+        settings: dict[str, Any] = {
+            "clip": False, "select": "grid", "train": "statistics", "rescale": "none",
+            "freeze_fraclen": None, "freeze_batch_norm": None,
+        }  # fmt: skip
+        return cls(**{**settings, **options})
+
+    @classmethod
+    def reference(cls, **options: Any) -> F8Net:
+        """As the published code computes, its unaligned residual units included."""
+        settings: dict[str, Any] = {
+            "preset": "reference", "ties": "reference", "select": "std", "weight_select": options.get("select", "std"),
+            "rescale": "constant", "freeze_fraclen": None, "freeze_batch_norm": None,
+        }  # fmt: skip
+        return cls(**{**settings, **options})
+
+    # -- the seam ----------------------------------------------------------------------------------------------
+    def quantizer(self, site: Site) -> Quantizer | None:
+        if site.role == "input":
+            return self._input(site) if self.clip or not self.floating else None
+        if site.role == "operand" and (site.slot.startswith("lowbit_operand") or site.op in ("avg_pool", "activation")):
+            return FraclenInput(site, self._form())  # what float code made, or a mean that is added
+        if site.role == "unit":
+            return None if self._rescales(site) else ResultUnit(site)
+        if self.floating:
+            return None
+        if site.role == "weight":
+            bits = _known(self.weight_bits)
+            return FraclenWeight(site, bits, self._select(self.weight_select, bits), self._ste(bits), self.per_channel)
+        integer = self.bias == "int32" and not self.per_channel
+        return EvaluationBias(site) if site.role == "bias" and integer else None
+
+    def _input(self, site: Site) -> FraclenInput:
+        pixels = site.first and self.pixels
+        fixed = _PIXEL_FRACLEN if pixels else 6 if self.floating else None
+        made = FraclenInput(
+            site,
+            self._form(rounding=not (pixels and self.preset == "reference")),
+            fixed,
+            absorbs=not self._rescales(site),
+        )
+        if pixels:
+            made.set_signed(False)
+        return made
+
+    def _form(self, rounding: bool = True) -> InputFormat:
+        bits = _known(self.act_bits)
+        return InputFormat(
+            bits, self._select(self.select, bits), self._ste(bits) if rounding else "clip", self.ties,
+            self.own_average, self.momentum,
+            at_once=self.preset == "reference", per_channel=self.per_channel, rounding=rounding and not self.floating,
+        )  # fmt: skip
+
+    def _select(self, select: str, bits: int) -> str:
+        closed = select in ("std", "mae", "rms")
+        return "grid" if closed and bits != _CLOSED_FORM_BITS else select
+
+    def _ste(self, bits: int) -> str:
+        return self.ste if bits >= _LEAST_STRICT_BITS else "clip"
+
+    def _rescales(self, site: Site) -> bool:
+        return site.last and site.op == "linear" and (self.rescale != "none" or self.preset == "reference")
+
+    def batch_norm(self, site: Site, norm: nn.Module) -> str:
+        return "fold"
+
+    def forward(self, layer: Any, x: Tensor) -> Tensor:
+        source = layer.lowbit_input
+        if source is not None and layer.switch.quantizing and source.ready and not source.absorbs:
+            return classify(layer, x, self.rescale)
+        return layer.quantized(x)  # type: ignore[no-any-return]
+
+    def compute(self, layer: Any, *operands: Any, **settings: Any) -> Tensor:
+        if isinstance(layer, LowBitLayer):
+            return multiply(layer, *operands)
+        shifts = self.avgpool == "reference" or layer.__dict__.get("by_shift")
+        if shifts and isinstance(layer, LowBitAvgPool) and layer.switch.quantizing:
+            return average(layer, *operands, **settings)
+        return operate(layer, *operands, **settings)
+
+    def tied(self, root: nn.Module, flow: Flow, plan: Plan) -> list[list[str]]:
+        """Edge classes in one unit: the reader that runs first, the results that are counted in it, other readers."""
+        return [tie for edges in self._clipped(root, flow, plan) for tie in self._ties_of(edges, plan)]
+
+    def _clipped(self, root: nn.Module, flow: Flow, plan: Plan) -> list[EdgeClass]:
+        """Edge classes with a trained clip."""
+        found = edge_classes(root, flow, plan) if self.clip else []
+        return [edges for edges in found if edges.open is None and not _keeps_six(edges, flow)]
+
+    def _ties_of(self, edges: EdgeClass, plan: Plan) -> list[list[str]]:
+        inputs = [f"{path}.lowbit_input" for path in edges.consumers]
+        if self.ties != "reference":
+            return [[inputs[0], *(f"{path}.lowbit_unit" for path in edges.producers), *inputs[1:]]]
+        last = {layer.path for layer in plan.layers if layer.last and layer.op == "linear"}
+        union, ties = Union(), defaultdict[str, list[str]](list)
+        for path in edges.consumers:  # published: through identity skips alone, and never with the classifier
+            union.join([path, *(other for other in edges.skipped[path] if not last & {path, other})])
+        for path, own in zip(edges.consumers, inputs, strict=True):
+            results = [f"{p}.lowbit_unit" for p, following in edges.following.items() if following == path]
+            ties[union.find(path)] += [own, *results]
+        return list(ties.values())
+
+    def connect(self, root: nn.Module, flow: Flow, plan: Plan) -> list[str]:
+        places = {(op.owner, op.key): root.get_submodule(op.path) for op in plan.ops}
+        clipped = self._clipped(root, flow, plan)
+        bounded = {id(call) for edges in clipped for call in edges.rectified_at_six}
+        for layer in (root.get_submodule(planned.path) for planned in plan.layers):
+            if getattr(layer, "norm", None) is not None and layer.lowbit_input is not None:
+                layer.lowbit_input.__dict__["absorbs"] = True  # a factor on what a batch norm divides changes nothing
+        for edges in clipped:
+            for source in (root.get_submodule(f"{path}.lowbit_input") for path in edges.consumers):
+                if isinstance(source, FraclenInput) and source.alpha is None:  # the only one of its tie
+                    source.share([source], True)
+            for path in edges.consumers if edges.rectified_at_six else ():  # their clip does its work
+                root.get_submodule(f"{path}.lowbit_input").__dict__["limit"] = _SIX
+            for path in (p for pool in edges.pools for p in pool.consumers if self.ties != "reference"):
+                root.get_submodule(f"{path}.lowbit_input").__dict__["private"] = True
+        for op in plan.ops:
+            rectifier = root.get_submodule(op.path)
+            if isinstance(rectifier, LowBitReLU) and (not rectifier.six or id(op.call) in bounded):
+                rectifier.__dict__["rectified_by"] = _unsigned_readers(root, flow, plan, op)
+        notes = [] if self.avgpool != "shift" else self._correct_means(root, edge_classes(root, flow, plan), places)
+        for edges in edge_classes(root, flow, plan) if self.clip else []:
+            if edges not in clipped and edges.producers and edges.consumers:
+                reason = edges.open or f"{_keeps_six(edges, flow)} has readers that do not clip"
+                notes.append(f"no trained clip on what {', '.join(edges.consumers)} reads: {reason}")
+        return notes
+
+    def _correct_means(self, root: nn.Module, found: list[EdgeClass], places: dict[Any, nn.Module]) -> list[str]:
+        """Let the weights behind a mean by a shift make up for what the shift leaves."""
+        notes = []
+        for pool in (pool for edges in found for pool in edges.pools):
+            op = places[pool.call.owner, pool.call.key]
+            op.__dict__["by_shift"] = pool.exclusive
+            for path in pool.consumers if pool.exclusive else ():
+                root.get_submodule(f"{path}.lowbit_input").__dict__["mean"] = op
+            if not pool.exclusive:
+                notes.append(f"{pool.call.name} divides exactly: more than layers read it, or they read more than it")
+        return notes
+
+    def update_rule(self, modules: dict[str, nn.Module]) -> UpdateRule:
+        from lightning_lowbit.schemes.f8net_training import FraclenRule
+
+        return FraclenRule(self, modules)
+
+    def start(self, pretrained: bool) -> Moment:
+        return 0 if pretrained else self.warmup
+
+    def milestones(self) -> tuple[Milestone, ...]:
+        return (
+            Milestone(self.freeze_fraclen, "freeze_fraclen"),
+            Milestone(self.freeze_batch_norm, "freeze_batch_norm"),
+        )
+
+    def activation_bits(self) -> int:
+        return 16  # sums of 8-bit products: bfloat16 counts to 256 only
+
+
+def _known(bits: int | None) -> int:
+    assert bits is not None
+    return bits
+
+
+def _keeps_six(edges: EdgeClass, flow: Flow) -> str | None:
+    """The name of a ReLU6 whose bound no clip can stand for: not only layers read it."""
+    return next((call.name for call in edges.rectified_at_six if not only_layers_read(call, flow)), None)
+
+
+def _unsigned_readers(root: nn.Module, flow: Flow, plan: Plan, op: OpPlan) -> list[FraclenInput]:
+    """The quantizers that read a rectifier's result, if all clip at 0 and nothing else sees it."""
+    paths = {layer.path for layer in plan.layers}
+    calls = [call for call in flow.calls if (call.owner, call.key) == (op.owner, op.key)]
+    found = [str(reader.path) for call in calls for reader in readers(call)]
+    seen = root.get_submodule(op.path)._forward_hooks or op.overwrites
+    if seen or not all(only_layers_read(call, flow) for call in calls) or not paths.issuperset(found):
+        return []
+    inputs = [root.get_submodule(f"{path}.lowbit_input") for path in found]
+    clips = [q for q in inputs if isinstance(q, FraclenInput) and q.site.signed is False and q.fixed is None]
+    return clips if len(clips) == len(inputs) else []
