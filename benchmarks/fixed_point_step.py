@@ -28,6 +28,7 @@ from lightning_lowbit import F8Net, convert
 from lightning_lowbit.modules.base import low_bit_modules
 from lightning_lowbit.modules.fraclen import FraclenInput
 from lightning_lowbit.plugins.compiling import compile_in_place
+from lightning_lowbit.plugins.patching import Patches
 
 # row -> how fraclens are chosen (None: they stand still), whether batch norms stand still, whether compiled
 ROWS: dict[str, tuple[str | None, bool, bool]] = {
@@ -64,7 +65,7 @@ def measure(name: str, rounds: int, compiled: bool) -> dict[str, dict[str, Any]]
             continue
         net = fixed_point_net(name, select, frozen)
         if compile_it:
-            compile_in_place(nn.Sequential(net))  # what compile=True does to the net of a LightningModule
+            compile_in_place(nn.Sequential(net), Patches())  # what compile=True does to the net of a LightningModule
         steps[label], loss = training_step(name, net, True)
         steps[label]()
         kept[label] = kept_bytes(net, loss)

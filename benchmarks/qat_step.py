@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from lightning_lowbit import Tqt, convert, lowbit_step
 from lightning_lowbit.modules.base import low_bit_modules
 from lightning_lowbit.plugins.compiling import compile_in_place
+from lightning_lowbit.plugins.patching import Patches
 
 Step = Callable[[], object]
 
@@ -195,7 +196,9 @@ def measure(name: str, rounds: int, compiled: bool) -> dict[str, dict[str, Any]]
         try:
             net = make()
             if compile_it and lowbit:
-                compile_in_place(nn.Sequential(net))  # what compile=True does to the net of a LightningModule
+                compile_in_place(
+                    nn.Sequential(net), Patches()
+                )  # what compile=True does to the net of a LightningModule
             elif compile_it:
                 net.compile()
             step, loss = training_step(name, net, lowbit)

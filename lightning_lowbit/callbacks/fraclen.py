@@ -43,10 +43,16 @@ class FraclenSchedule(Setting):
         check_moment("FraclenSchedule(freeze)", freeze)
         check_moment("FraclenSchedule(freeze_batch_norm)", freeze_batch_norm)
         self.momentum, self.final_momentum = momentum, final_momentum
-        self.freeze, self.freeze_batch_norm, self.log = freeze, freeze_batch_norm, log
+        self.freeze, self.freeze_batch_norm = freeze, freeze_batch_norm
+        self.logging = log  # a callback's ``log`` is Lightning's
         self._lifecycle: Lifecycle | None = None
 
     def configure(self, lifecycle: Lifecycle) -> None:
+        if "freeze_fraclen" not in {milestone.what for milestone in lifecycle.scheme.milestones()}:
+            raise ConfigError(
+                f"FraclenSchedule: scheme {lifecycle.scheme.name!r} has no fractional lengths (fraclen). Take "
+                "QuantCallback('f8net'), or leave FraclenSchedule out."
+            )
         self._lifecycle = lifecycle
         lifecycle.replace(
             Milestone(self.freeze, "freeze_fraclen"), Milestone(self.freeze_batch_norm, "freeze_batch_norm")
@@ -62,7 +68,7 @@ class FraclenSchedule(Setting):
         rule = self._rule()
         flips = sum(rule.flips.values())
         rule.flips = dict.fromkeys(rule.flips, 0)
-        if self.log and rule.begun is not None:
+        if self.logging and rule.begun is not None:
             values = {f"fraclen/{key.removesuffix('.lowbit_input')}": value for key, value in rule.fraclens().items()}
             pl_module.log_dict({**values, "fraclen_flips": float(flips)}, rank_zero_only=True, sync_dist=False)
 

@@ -21,7 +21,10 @@ from lightning_lowbit.graph.network import Call, Flow
 from lightning_lowbit.graph.ops import Kind
 from lightning_lowbit.graph.plan import Plan, Union
 
-__all__ = ["EdgeClass", "Pool", "edge_classes"]
+__all__ = ["FROM_OUTSIDE", "EdgeClass", "Pool", "edge_classes"]
+
+FROM_OUTSIDE = "it comes from outside the network"
+"""Why the class of the network's input is open."""
 
 _PASSING = (Kind.RELU, Kind.KEEP, Kind.AVG_POOL, Kind.ADD, Kind.CAT)  # f(eta * x) = eta * f(x) for eta > 0
 
@@ -136,7 +139,7 @@ class _Tracker:
             name = part.path or type(self.root).__name__
             self._open(everything, f"{name} ({part.where}) cannot be followed: {part.reason}")
         hooked = self._hooked(everything)
-        self._open(self.flow.entries, "it comes from outside the network")
+        self._open(self.flow.entries, FROM_OUTSIDE)
         for call in self.flow.calls:
             if reason := self._needs_true_values(call) or hooked.get(id(call)):
                 self._open([*call.inputs, call], reason)

@@ -15,7 +15,7 @@ from lightning_lowbit.modules.quantizer import on
 from lightning_lowbit.numerics.exponent import pow2
 from lightning_lowbit.numerics.guards import FLOAT32_EXACT, float_sums_exact
 
-__all__ = ["average", "classify", "multiply", "operate", "rescaling"]
+__all__ = ["average", "classifier", "classify", "multiply", "operate", "rescaling"]
 
 
 def multiply(layer: LowBitLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -25,8 +25,11 @@ def multiply(layer: LowBitLayer, x: Tensor, weight: Tensor, bias: Tensor | None)
         x: input on its grid.
         weight, bias: on theirs; a float bias (or none) in training.
     """
-    if layer.training or not layer.switch.quantizing or x.dtype == torch.float64 or _exact(layer, weight, bias):
+    if layer.training or not layer.switch.quantizing or x.dtype == torch.float64:
         return layer.op(x, weight, bias)
+    if _exact(layer, weight, bias):
+        y = layer.op(x, weight, bias)
+        return y.double() if layer.__dict__.get("overwritten") else y
     return layer.op(x.double(), weight.double(), None if bias is None else bias.double())
 
 
@@ -107,14 +110,25 @@ def classify(layer: LowBitLayer, x: Tensor, kind: str) -> Tensor:
     y = unit k (q W_q) + b             training
     y = unit k (q W_q + b_q)           evaluation, b_q = b / (unit k) on the products' grid
     """
-    source = layer.lowbit_input
-    assert isinstance(source, FraclenInput)
-    q, unit = source(x), source.unit()
-    weight = on(layer.lowbit_weight, source.absorb(layer.weight))
-    scale = rescaling(layer.weight, weight, kind)
-    scale = scale if unit is None else scale * unit
+    assert layer.lowbit_input is not None
+    q = layer.lowbit_input(x)
+    weight, bias, scale = classifier(layer, kind)
     if layer.training:
         y = layer.op(q, weight, None) * scale
-        return y if layer.bias is None else y + layer.bias
-    bias = None if layer.bias is None else on(layer.lowbit_bias, layer.bias / scale)
+        return y if bias is None else y + bias
     return (multiply(layer, q, weight, bias) * scale).to(layer.weight.dtype)
+
+
+def classifier(layer: LowBitLayer, kind: str) -> tuple[Tensor, Tensor | None, Tensor]:
+    """A rescaled classifier's weight and bias, and the factor unit k of its products; in training the bias is float."""
+    source = layer.lowbit_input
+    assert isinstance(source, FraclenInput)
+    unit, mean = source.unit(), source.__dict__["mean"]
+    weight = on(layer.lowbit_weight, source.absorb(layer.weight))
+    scale = rescaling(layer.weight, weight, kind)
+    if mean is not None and kind != "none":  # k takes a factor on the weights back
+        scale = scale * mean.__dict__.get("factor", 1.0)
+    scale = scale if unit is None else scale * unit
+    if layer.training or layer.bias is None:
+        return weight, layer.bias, scale
+    return weight, on(layer.lowbit_bias, layer.bias / scale), scale

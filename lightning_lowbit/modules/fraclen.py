@@ -14,7 +14,8 @@ from lightning_lowbit.modules.observed import ObservedQuantizer
 from lightning_lowbit.modules.quantizer import Quantizer
 from lightning_lowbit.modules.thresholds import BiasQuantizer
 from lightning_lowbit.numerics.exponent import pow2
-from lightning_lowbit.numerics.fraclen import choose, fix_quant, largest_code, largest_fraclen, measure
+from lightning_lowbit.numerics.fraclen import fix_quant, largest_code, largest_fraclen
+from lightning_lowbit.numerics.fraclen_choice import choose, measure
 from lightning_lowbit.numerics.grid import Grid
 from lightning_lowbit.numerics.observers import AllReduce, RangeObserver
 from lightning_lowbit.numerics.ranges import exponent_candidates, mse_by_exponent, threshold_mse_exponent
@@ -26,6 +27,7 @@ Ties = Literal["shared", "realign", "reference"]
 ALPHA_MIN = 1e-3
 """Least clip: a producer divides by it."""
 
+_WIDE = 48
 _FIRST_FRACLEN = 6.0  # before anything was seen
 
 
@@ -35,7 +37,7 @@ class InputFormat:
 
     Attributes:
         bits: of a code.
-        select: statistic that fractional lengths are chosen by (numerics.fraclen.SELECTORS).
+        select: statistic that fractional lengths are chosen by (numerics.fraclen_choice.SELECTORS).
         ste: gradient mask, strict or clip.
         ties: what the readers of one edge class share. shared: clip and fractional length; realign: the clip, and
             tensors move by a power of two where fractional lengths differ; reference: the clip, and they do not.
@@ -330,10 +332,15 @@ class FraclenWeight(Quantizer):
 
 
 class EvaluationBias(BiasQuantizer):
-    """int32 on the grid of the products in evaluation; float while training."""
+    """int32 on the grid of the products in evaluation; float while training.
 
-    def __init__(self, site: Site) -> None:
-        super().__init__(site, 32, own=False)
+    Args:
+        site: where it stands.
+        bits: of an input's and a weight's code together: above 16 their sums, and so the bias, need more than 32.
+    """
+
+    def __init__(self, site: Site, bits: int = 16) -> None:
+        super().__init__(site, 32 if bits <= 16 else _WIDE, own=False)
 
     def quantize(self, x: Tensor, rectify: bool = False) -> Tensor:
         if self.training and self.switch.mode is Mode.LOWBIT:

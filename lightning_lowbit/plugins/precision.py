@@ -11,9 +11,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch.plugins.precision import Precision
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lowbit.modules.base import StepContext, UpdateRule, low_bit_modules, switch_of
+from lightning_lowbit.modules.convert import quantizers
 from lightning_lowbit.modules.layers import LowBitLayer
 
 __all__ = ["LowBitPrecision", "low_bit", "lowbit_step", "owned_modules", "rule_of"]
@@ -76,14 +77,21 @@ def lowbit_step(
         context = StepContext(_STEPS.get(model, 0), None)
         _STEPS[model] = context.step + 1
 
+    own = {id(p): p for _, q in quantizers(model) for p in q.parameters(recurse=False)}
+    held: dict[int, Tensor | None] = {}
+
     def after_backward() -> Any:
         result = closure() if closure is not None else None
         if rule is not None and switch.started:
             rule.before_step(optimizer, context)
+            for key, parameter in own.items():  # an optimizer over all parameters must not step them too
+                held[key], parameter.grad = parameter.grad, None
         return result
 
     result = (step or optimizer.step)(after_backward)
     if rule is not None and switch.started:
+        for key, gradient in held.items():
+            own[key].grad = gradient
         rule.step(owned_modules(model, optimizer), context)
     return result
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.graph.network import only_layers_read, readers
+from lightning_lowbit.graph.ops import Kind
 from lightning_lowbit.graph.plan import Union
-from lightning_lowbit.graph.units import EdgeClass, edge_classes
+from lightning_lowbit.graph.units import FROM_OUTSIDE, EdgeClass, edge_classes
 from lightning_lowbit.modules.base import Milestone, Moment, Scheme, Site, UpdateRule
 from lightning_lowbit.modules.elementwise import LowBitAvgPool, LowBitReLU
 from lightning_lowbit.modules.fixed_point import average, classify, multiply, operate
@@ -19,11 +20,11 @@ from lightning_lowbit.modules.fraclen import EvaluationBias, FraclenInput, Fracl
 from lightning_lowbit.modules.layers import LowBitLayer
 from lightning_lowbit.modules.moments import check_moment
 from lightning_lowbit.modules.quantizer import Quantizer
-from lightning_lowbit.numerics.fraclen import SELECTORS
+from lightning_lowbit.numerics.fraclen_choice import SELECTORS
 from lightning_lowbit.schemes.options import check_choice
 
 if TYPE_CHECKING:
-    from lightning_lowbit.graph.network import Flow
+    from lightning_lowbit.graph.network import Call, Flow
     from lightning_lowbit.graph.plan import OpPlan, Plan
 
 __all__ = ["F8Net"]
@@ -163,7 +164,8 @@ class F8Net(Scheme):
             bits = _known(self.weight_bits)
             return FraclenWeight(site, bits, self._select(self.weight_select, bits), self._ste(bits), self.per_channel)
         integer = self.bias == "int32" and not self.per_channel
-        return EvaluationBias(site) if site.role == "bias" and integer else None
+        both = _known(self.act_bits) + _known(self.weight_bits)
+        return EvaluationBias(site, both) if site.role == "bias" and integer else None
 
     def _input(self, site: Site) -> FraclenInput:
         pixels = site.first and self.pixels
@@ -250,13 +252,15 @@ class F8Net(Scheme):
                 root.get_submodule(f"{path}.lowbit_input").__dict__["limit"] = _SIX
             for path in (p for pool in edges.pools for p in pool.consumers if self.ties != "reference"):
                 root.get_submodule(f"{path}.lowbit_input").__dict__["private"] = True
+        for planned in plan.layers:  # sums may be written into its result, which then needs room for them
+            root.get_submodule(planned.path).__dict__["overwritten"] = any(op.overwrites for op in plan.ops)
         for op in plan.ops:
             rectifier = root.get_submodule(op.path)
             if isinstance(rectifier, LowBitReLU) and (not rectifier.six or id(op.call) in bounded):
-                rectifier.__dict__["rectified_by"] = _unsigned_readers(root, flow, plan, op)
+                rectifier.__dict__["rectified_by"] = _unsigned_readers(root, flow, plan, op, self.preset == "reference")
         notes = [] if self.avgpool != "shift" else self._correct_means(root, edge_classes(root, flow, plan), places)
         for edges in edge_classes(root, flow, plan) if self.clip else []:
-            if edges not in clipped and edges.producers and edges.consumers:
+            if edges not in clipped and edges.consumers and edges.open != FROM_OUTSIDE:
                 reason = edges.open or f"{_keeps_six(edges, flow)} has readers that do not clip"
                 notes.append(f"no trained clip on what {', '.join(edges.consumers)} reads: {reason}")
         return notes
@@ -301,14 +305,26 @@ def _keeps_six(edges: EdgeClass, flow: Flow) -> str | None:
     return next((call.name for call in edges.rectified_at_six if not only_layers_read(call, flow)), None)
 
 
-def _unsigned_readers(root: nn.Module, flow: Flow, plan: Plan, op: OpPlan) -> list[FraclenInput]:
-    """The quantizers that read a rectifier's result, if all clip at 0 and nothing else sees it."""
-    paths = {layer.path for layer in plan.layers}
+def _unsigned_readers(root: nn.Module, flow: Flow, plan: Plan, op: OpPlan, within: bool) -> list[FraclenInput]:
+    """The quantizers that read a rectifier's result, if all clip at 0 and nothing else sees it, nor its operand.
+
+    Args:
+        within: leave out rectifiers of sums, which the published code has as they are.
+    """
     calls = [call for call in flow.calls if (call.owner, call.key) == (op.owner, op.key)]
+    layers = {layer.path for layer in plan.layers}
     found = [str(reader.path) for call in calls for reader in readers(call)]
-    seen = root.get_submodule(op.path)._forward_hooks or op.overwrites
-    if seen or not all(only_layers_read(call, flow) for call in calls) or not paths.issuperset(found):
+    seen = root.get_submodule(op.path)._forward_hooks or op.overwrites or not layers.issuperset(found)
+    if seen or not all(only_layers_read(call, flow) and _read_once(call.inputs[0], flow) for call in calls):
         return []
-    inputs = [root.get_submodule(f"{path}.lowbit_input") for path in found]
+    if within and not all(call.inputs[0].kind in (Kind.COMPUTE, Kind.BATCH_NORM) for call in calls):
+        return []
+    inputs = [getattr(root.get_submodule(path), "lowbit_input", None) for path in found]
     clips = [q for q in inputs if isinstance(q, FraclenInput) and q.site.signed is False and q.fixed is None]
     return clips if len(clips) == len(inputs) else []
+
+
+def _read_once(call: Call, flow: Flow) -> bool:
+    """Whether a tensor, and what it is a view of, has one reader: it may be handed on as it is."""
+    alone = len(call.readers) == 1 and call not in flow.exits
+    return alone and (call.kind is not Kind.KEEP or not call.inputs or _read_once(call.inputs[0], flow))

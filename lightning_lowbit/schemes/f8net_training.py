@@ -11,7 +11,7 @@ from torch.optim.optimizer import Optimizer
 
 from lightning_lowbit.modules.base import StepContext, UpdateRule
 from lightning_lowbit.modules.fraclen import ALPHA_MIN, FraclenInput
-from lightning_lowbit.numerics.fraclen import choose
+from lightning_lowbit.numerics.fraclen_choice import choose
 from lightning_lowbit.schemes.private import PrivateOptimizer, drop_gradients
 
 if TYPE_CHECKING:

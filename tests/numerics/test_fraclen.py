@@ -9,16 +9,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_lowbit.errors import ConfigError
-from lightning_lowbit.numerics import fraclen as module
-from lightning_lowbit.numerics.fraclen import (
+from lightning_lowbit.numerics import fraclen_choice as module
+from lightning_lowbit.numerics.fraclen import fix_quant, largest_code, largest_fraclen
+from lightning_lowbit.numerics.fraclen_choice import (
     METRICS,
     SELECTORS,
     choose,
-    fix_quant,
     fraclen_by_metric,
     fraclen_of,
-    largest_code,
-    largest_fraclen,
     measure,
     metric_of,
     quantization_errors,

@@ -9,12 +9,11 @@ import torch.nn.functional as F
 from schemes.vector_table import Comparison, Kind, VectorFile
 from torch import Tensor
 
-from lightning_lowbit.numerics.fraclen import (
+from lightning_lowbit.numerics.fraclen import fix_quant, largest_code
+from lightning_lowbit.numerics.fraclen_choice import (
     METRICS,
-    fix_quant,
     fraclen_by_metric,
     fraclen_of,
-    largest_code,
     measure,
     metric_of,
     quantization_errors,
