@@ -1,8 +1,9 @@
-"""The README's code runs as it stands, on a generated checkpoint and with the epochs cut down."""
+"""The README's code runs as it stands, on a generated checkpoint and with the epochs cut down; so does F8Net's page."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ import torch
 import yaml
 from torch import nn
 
+from lightning_lowbit import F8Net, convert, summarize
 from lightning_lowbit.cli import main
 from lightning_lowbit.demos import DigitsCnn, DigitsData
 from lightning_lowbit.reports.certificate import read_certificate
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+FIXED_POINT = (ROOT / "docs" / "f8net.md").read_text()
 
 
 class WithAuxHead(DigitsCnn):
@@ -32,8 +35,8 @@ class WithAuxHead(DigitsCnn):
         return super().training_step(batch, batch_idx) + 0 * self.aux_head(self(batch[0])).sum()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 @pytest.fixture
@@ -56,7 +59,7 @@ def in_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_python_blocks_run_in_order(in_scratch: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    first, second, third, fourth = blocks("python")
+    first, second, third, fourth, fifth = blocks("python")
     namespace: dict[str, Any] = {}
     exec(first, namespace)
     assert namespace["quant"].metrics["trained"]
@@ -74,16 +77,49 @@ def test_python_blocks_run_in_order(in_scratch: Path, capsys: pytest.CaptureFixt
     exec(fourth, namespace)
     assert "conv2" in capsys.readouterr().out
     assert torch.equal(namespace["packed"](x), namespace["model"].eval()(x))
+    exec(fifth, namespace)
+    assert "torch.int8 torch.int32" in capsys.readouterr().out
+
+
+def test_the_blocks_of_the_fixed_point_page_run_in_order(in_scratch: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipes, loop, twice, integers = blocks("python", FIXED_POINT)
+    namespace: dict[str, Any] = {}
+    exec(recipes, namespace)
+    assert set(namespace["quant"].metrics) == {"float", "calibrated", "trained"}
+    untouched = torch.load("float.pt")["conv2.weight"]
+    assert torch.equal(namespace["model"].conv2.weight, untouched)  # of tiny
+    capsys.readouterr()
+    exec(loop, namespace)
+    assert "2 of 2 layers low-bit" in capsys.readouterr().out
+    exec(twice, namespace)
+    assert namespace["second"].conv2.lowbit_input.alpha is not None
+    exec(integers, namespace)  # compares the integers with the network's evaluation
+    assert namespace["codes"].dtype == torch.uint8
+
+
+def test_the_fixed_point_page_quotes_the_report() -> None:
+    (note, *_) = blocks("text", FIXED_POINT)
+    model = DigitsCnn()
+    convert(model, "f8net", torch.rand(8, 1, 8, 8), skip=["conv3"])
+    line = re.compile(re.sub(r"py:\d+", r"py:\\d+", re.escape(note.strip()).replace("\\:", ":")))
+    assert line.search(str(summarize(model)).replace("\n  ", " "))
+
+
+def test_options_of_f8net_stand_on_its_page() -> None:
+    table = FIXED_POINT.partition("## 3. Options")[2].partition("\n## ")[0]
+    listed = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)))
+    assert sorted(listed) == sorted(field.name for field in dataclasses.fields(F8Net))
 
 
 def test_the_yaml_block_is_a_config_that_parses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (block,) = blocks("yaml")
-    assert yaml.safe_load(block)["quant"]["scheme"] == "tqt"
-    (tmp_path / "readme.yaml").write_text(block)
-    with pytest.raises(SystemExit) as stop:
-        main(["fit", "--config", str(tmp_path / "readme.yaml"), "--print_config"])
-    assert stop.value.code == 0
-    assert "bits: 4" in capsys.readouterr().out
+    for text, scheme, words in ((README, "tqt", "bits: 4"), (FIXED_POINT, "f8net", "select: histogram")):
+        (block,) = blocks("yaml", text)
+        assert yaml.safe_load(block)["quant"]["scheme"] == scheme
+        (tmp_path / "some.yaml").write_text(block)
+        with pytest.raises(SystemExit) as stop:
+            main(["fit", "--config", str(tmp_path / "some.yaml"), "--print_config"])
+        assert stop.value.code == 0
+        assert words in capsys.readouterr().out
 
 
 def test_shell_lines_name_commands_that_exist(

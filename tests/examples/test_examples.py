@@ -20,6 +20,7 @@ sys.path.insert(0, str(EXAMPLES))
 
 import cifar  # noqa: E402
 import finetune_resnet20  # noqa: E402
+import fixed_point  # noqa: E402
 import integer_training  # noqa: E402
 import mnist  # noqa: E402
 import resnet  # noqa: E402
@@ -297,3 +298,29 @@ def test_integer_yaml_logs_mu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     # 12 steps of 3 an epoch: 5 from the start, 4 from step 6, 3 from step 9.
     assert seen == sorted(seen, reverse=True)
     assert set(seen) == {5.0, 4.0, 3.0}
+
+
+# -- fixed point -------------------------------------------------------------------------------------------------------
+def test_fixed_point_prints_every_row(root: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--checkpoint", str(checkpoint), "--data.root", str(root), "--data.batch_size", "8", "--batches", "2"]
+    fixed_point.main([*argv, "--blocks", "1", "--freeze", "3 steps", "--accelerator", "cpu"])
+    printed = capsys.readouterr().out
+    assert all(f"| {row} |" in printed for row in fixed_point.ROWS)
+
+
+def test_fixed_point_yaml_runs_both_recipes(
+    root: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cli = pytest.importorskip("lightning_lowbit.cli")
+    monkeypatch.chdir(tmp_path)
+    before = torch.load(checkpoint)["state_dict"]
+    for name, moves in (("f8net_resnet20", True), ("f8net_resnet20_tiny", False)):
+        words = ["fit", "--config", str(EXAMPLES / "configs" / f"{name}.yaml"), "--data.root", str(root)]
+        words += ["--data.batch_size", "8", "--model.blocks", "1", "--quant.init_from", str(checkpoint)]
+        cli.main([*words, "--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path / name)])
+        (file,) = (tmp_path / name).rglob("*.ckpt")
+        after = torch.load(file, weights_only=False)["state_dict"]
+        weight, mean = "layer2.0.conv1.weight", "layer2.0.bn1.running_mean"
+        assert torch.equal(after[f"net.{weight}"], before[f"module.{weight}"]) != moves
+        assert not torch.equal(after[f"net.{mean}"], before[f"module.{mean}"])
+        assert any(key.endswith("alpha") for key in after) == moves
