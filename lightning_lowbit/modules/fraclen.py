@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -85,6 +86,7 @@ class FraclenInput(ObservedQuantizer):
         limit: largest clip, where that does the work of a rectifier with an upper bound.
         mean: the mean by a shift that it reads (fixed_point.average), with the factor that weights make up for.
         frozen: whether the fraclen stands still.
+        inherited: whether its clip came with the weights.
         ran: whether a training batch passed since the last optimizer step.
     """
 
@@ -104,7 +106,7 @@ class FraclenInput(ObservedQuantizer):
         self.limit: float | None = None
         self.private = False
         self.__dict__["mean"] = None
-        self.frozen = self.ran = False
+        self.frozen = self.ran = self.inherited = False
 
     # -- formats ------------------------------------------------------------------------------------------
     @property
@@ -224,6 +226,21 @@ class FraclenInput(ObservedQuantizer):
             if isinstance(member, FraclenInput):
                 member.alpha, member.same_grid = alpha, True  # one unit has one M
 
+    def inherit(self, state: dict[str, Tensor]) -> None:
+        """Weights that were trained with a clip keep it; calibration then finds fraclens alone."""
+        if "alpha" not in state:
+            return
+        if self.alpha is None:
+            warnings.warn(
+                f"{self.site.key}: the weights were trained with a clip at {float(state['alpha']):g}, and there is none "
+                "here. Take clip=True with the same layers, or weights that were trained without.",
+                stacklevel=2,
+            )
+            return
+        with torch.no_grad():
+            self.alpha.copy_(state["alpha"])
+        self.leader.inherited = True
+
     def commit(self, all_reduce: AllReduce) -> None:
         seen = self.observed()
         for _, observer in seen:
@@ -234,7 +251,7 @@ class FraclenInput(ObservedQuantizer):
         best = self._best(candidates, torch.stack([errors[member] for member in clipped]).sum(0))
         if best is not None:
             with torch.no_grad():
-                if self.alpha is not None:  # the unit begins as a power of two, 1 where the fraclen has room for it
+                if self.alpha is not None and not self.inherited:  # the unit begins as a power of two, 1 where the fraclen has room for it
                     self.alpha.fill_(min(self.qmax * 2.0**-best, self.limit or torch.inf))
                 for member in errors:
                     own = self._best(candidates, errors[member]) if member.relative else best

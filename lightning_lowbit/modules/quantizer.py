@@ -68,6 +68,9 @@ class Quantizer(nn.Module):
         """How many values of ``x`` lie beyond the grid, 0-dim."""
         return torch.zeros((), device=x.device)
 
+    def inherit(self, state: dict[str, Tensor]) -> None:
+        """Take from another network's quantizer of this tensor what its weights are nothing without; {} mostly."""
+
     # Calibration, in this order: observe in a first pass, close_pass, observe again if it asks for that,
     # commit. close_pass and commit are called on the first member of a tie, for all of them.
     def observe(self, x: Tensor) -> None:

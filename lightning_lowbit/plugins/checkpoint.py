@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.modules.base import Scheme, switch_of
-from lightning_lowbit.modules.convert import Report, Selection, convert_module
+from lightning_lowbit.modules.convert import Report, Selection, convert_module, quantizers
 from lightning_lowbit.plugins.checks import check_checkpoint_file
 from lightning_lowbit.schemes import find
 
@@ -150,6 +150,8 @@ def float_state_dict(module: nn.Module) -> dict[str, Tensor]:
 def initialize_from(path: str | Path, module: nn.Module) -> None:
     """Load float weights from a checkpoint that anybody made into ``module``, all or nothing.
 
+    Of low-bit state only what the weights were trained with and are nothing without is taken (``Quantizer.inherit``).
+
     Takes a state dict, or a file that holds one under ``state_dict`` or ``model``. Prefixes of wrappers
     (module., _orig_mod., model., net.) are stripped; then the one prefix is used under which all names and
     shapes agree.
@@ -157,7 +159,8 @@ def initialize_from(path: str | Path, module: nn.Module) -> None:
     Raises:
         ConfigError: keys are missing, unexpected or of another shape; all are listed and nothing is loaded.
     """
-    saved = _read_float(path)
+    tensors = _read_tensors(path)
+    saved = {k: v for k, v in tensors.items() if "lowbit" not in k}
     wanted = {k: v for k, v in module.state_dict().items() if "lowbit" not in k}
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     best: tuple[int, str, dict[str, Tensor]] | None = None
@@ -192,9 +195,12 @@ def initialize_from(path: str | Path, module: nn.Module) -> None:
         state = module.state_dict()
         for key, value in found.items():
             state[key].copy_(value.to(device))
+        for place, quantizer in quantizers(module):
+            start = f"{place.removeprefix(prefix)}."
+            quantizer.inherit({k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)})
 
 
-def _read_float(path: str | Path) -> dict[str, Tensor]:
+def _read_tensors(path: str | Path) -> dict[str, Tensor]:
     check_checkpoint_file(path, "init_from")
     if not Path(path).is_file():
         raise ConfigError(f"init_from={str(path)!r}: no such file.")
@@ -220,7 +226,7 @@ def _read_float(path: str | Path) -> dict[str, Tensor]:
     while True:
         prefix = next((p for p in _PREFIXES if all(k.startswith(p) for k in tensors)), None)
         if prefix is None:
-            return {k: v for k, v in tensors.items() if "lowbit" not in k}
+            return tensors
         tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
 
 
