@@ -36,7 +36,8 @@ class FraclenSchedule(Setting):
         freeze: float | int | str | None = 0.5, freeze_batch_norm: float | int | str | None = 0.75, log: bool = True,
     ) -> None:  # fmt: skip
         for name, value in (("momentum", momentum), ("final_momentum", final_momentum)):
-            if value is not None and not 0 < value <= 1:
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if value is not None and not (number and 0 < value <= 1):
                 raise ConfigError(f"FraclenSchedule({name}={value!r}): expected a number in (0, 1].")
         if final_momentum is not None and freeze is None:
             raise ConfigError("FraclenSchedule(final_momentum=...): it is reached when fraclens freeze; give freeze=.")

@@ -21,7 +21,7 @@ from lightning_lowbit.graph.network import Call, Flow
 from lightning_lowbit.graph.ops import Kind
 from lightning_lowbit.graph.plan import Plan, Union
 
-__all__ = ["FROM_OUTSIDE", "EdgeClass", "Pool", "edge_classes"]
+__all__ = ["FROM_OUTSIDE", "EdgeClass", "Pool", "edge_classes", "others_read"]
 
 FROM_OUTSIDE = "it comes from outside the network"
 """Why the class of the network's input is open."""
@@ -74,6 +74,25 @@ def edge_classes(root: nn.Module, flow: Flow, plan: Plan) -> list[EdgeClass]:
     followed, every class is open: what it does with a tensor, or with a layer, is unknown.
     """
     return _Tracker(root, flow, plan).classes()
+
+
+def others_read(call: Call, flow: Flow, plan: Plan) -> bool:
+    """Whether a call's values, perhaps moved, leave the network or enter a call that is not converted."""
+    layers, norms = {layer.path for layer in plan.layers}, {layer.batch_norm for layer in plan.layers}
+    ops = {(op.owner, op.key) for op in plan.ops if op.kind is not Kind.ACTIVATION}
+
+    def reach(call: Call) -> bool:
+        if call in flow.exits:
+            return True
+        for reader in call.readers:
+            if reader.kind is Kind.KEEP or (reader.kind is Kind.BATCH_NORM and reader.path in norms):
+                if reach(reader):
+                    return True
+            elif (reader.owner, reader.key) not in ops and not (reader.kind is Kind.COMPUTE and reader.path in layers):
+                return True
+        return False
+
+    return reach(call)
 
 
 class _Tracker:

@@ -29,8 +29,16 @@ def multiply(layer: LowBitLayer, x: Tensor, weight: Tensor, bias: Tensor | None)
         return layer.op(x, weight, bias)
     if _exact(layer, weight, bias):
         y = layer.op(x, weight, bias)
-        return y.double() if layer.__dict__.get("overwritten") else y
-    return layer.op(x.double(), weight.double(), None if bias is None else bias.double())
+        y = y.double() if layer.__dict__.get("overwritten") else y
+    else:
+        y = layer.op(x.double(), weight.double(), None if bias is None else bias.double())
+    return _for_readers(layer, y)
+
+
+def _for_readers(module: LowBitLayer | LowBitOp, y: Tensor) -> Tensor:
+    """float64 goes to fixed-point readers alone: to others, and out of the network, in the network's own dtype."""
+    like = module.__dict__.get("read_by_others")
+    return y if like is None else y.to(like.weight.dtype)
 
 
 def _exact(layer: LowBitLayer, weight: Tensor, bias: Tensor | None) -> bool:
@@ -61,10 +69,11 @@ def operate(op: LowBitOp, *operands: Any, **settings: Any) -> Tensor:
         return op.op(*operands, **settings)
     if isinstance(op, LowBitReLU):
         clips = op.__dict__.get("rectified_by", ())
-        return operands[0] if clips and all(q.ready for q in clips) else op.op(*operands)
-    if not op.training:
-        operands = tuple(_wide(operand) for operand in operands)
-    return op.op(*operands, **settings)
+        left = clips and all(q.ready and not q.signed for q in clips)
+        return _for_readers(op, operands[0] if left else op.op(*operands))
+    if op.training:
+        return op.op(*operands, **settings)
+    return _for_readers(op, op.op(*(_wide(operand) for operand in operands), **settings))
 
 
 def _wide(operand: Any) -> Any:
@@ -82,10 +91,10 @@ def average(op: LowBitAvgPool, x: Tensor, *args: Any, **settings: Any) -> Tensor
     sums, count = op.sums(x if op.training else _wide(x), *args, **settings)
     if isinstance(count, Tensor):
         op.__dict__["factor"] = 1.0
-        return sums / count
+        return _for_readers(op, sums / count)
     shift = 2.0 ** round(math.log2(count))
     op.__dict__["factor"] = shift / count
-    return sums / shift
+    return _for_readers(op, sums / shift)
 
 
 def rescaling(weight: Tensor, codes: Tensor, kind: str) -> Tensor:
@@ -95,13 +104,17 @@ def rescaling(weight: Tensor, codes: Tensor, kind: str) -> Tensor:
         stddev      std(weight) / std(codes)            what quantization took from the weights; keeps a float network
         none        1
 
+    Where all weights are equal (a head that begins with zeros) or round to equal codes it is 1, and they learn.
+
     Args:
         weight, codes: [outputs, inputs], before and after quantization.
     """
+    one = torch.ones((), dtype=codes.dtype, device=codes.device)
     if kind == "none":
-        return torch.ones((), dtype=codes.dtype, device=codes.device)
-    spread = codes.detach().std().clamp(min=torch.finfo(codes.dtype).tiny)
-    return 1 / (math.sqrt(codes.shape[0]) * spread) if kind == "constant" else weight.detach().std() / spread
+        return one
+    spread, before = codes.detach().std(), weight.detach().std()
+    k = 1 / (math.sqrt(codes.shape[0]) * spread) if kind == "constant" else before / spread
+    return torch.where((spread > 0) & (before > 0), k, one)
 
 
 def classify(layer: LowBitLayer, x: Tensor, kind: str) -> Tensor:

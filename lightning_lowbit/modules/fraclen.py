@@ -10,10 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_lowbit.modules.base import Mode, Site
+from lightning_lowbit.modules.base import Site
 from lightning_lowbit.modules.observed import ObservedQuantizer
 from lightning_lowbit.modules.quantizer import Quantizer
-from lightning_lowbit.modules.thresholds import BiasQuantizer
 from lightning_lowbit.numerics.exponent import pow2
 from lightning_lowbit.numerics.fraclen import fix_quant, largest_code, largest_fraclen
 from lightning_lowbit.numerics.fraclen_choice import choose, measure
@@ -21,14 +20,13 @@ from lightning_lowbit.numerics.grid import Grid
 from lightning_lowbit.numerics.observers import AllReduce, RangeObserver
 from lightning_lowbit.numerics.ranges import exponent_candidates, mse_by_exponent, threshold_mse_exponent
 
-__all__ = ["ALPHA_MIN", "EvaluationBias", "FraclenInput", "FraclenWeight", "InputFormat", "ResultUnit", "Ties"]
+__all__ = ["ALPHA_MIN", "FraclenInput", "InputFormat", "Ties", "tell_range"]
 
 Ties = Literal["shared", "realign", "reference"]
 
 ALPHA_MIN = 1e-3
 """Least clip: a producer divides by it."""
 
-_WIDE = 48
 _FIRST_FRACLEN = 6.0  # before anything was seen
 
 
@@ -84,6 +82,7 @@ class FraclenInput(ObservedQuantizer):
         sums: statistics since the last optimizer step, not saved.
         private: whether it has a fraclen of its own where its tie shares one: means are smaller than what they are of.
         limit: largest clip, where that does the work of a rectifier with an upper bound.
+        reader: the layer that multiplies what it gives; None of an operand.
         mean: the mean by a shift that it reads (fixed_point.average), with the factor that weights make up for.
         frozen: whether the fraclen stands still.
         inherited: whether its clip came with the weights.
@@ -105,7 +104,7 @@ class FraclenInput(ObservedQuantizer):
         self.register_parameter("alpha", None)
         self.limit: float | None = None
         self.private = False
-        self.__dict__["mean"] = None
+        self.__dict__["mean"] = self.__dict__["reader"] = None
         self.frozen = self.ran = self.inherited = False
 
     # -- formats ------------------------------------------------------------------------------------------
@@ -140,6 +139,8 @@ class FraclenInput(ObservedQuantizer):
 
     def rounded(self) -> Tensor:
         """The fraclen that evaluation, and the unit in all modes, goes by."""
+        if self.fixed is None and not self.form.rounding:  # float with a clip: none is chosen, and none is needed
+            return torch.full_like(self.fraclen, _FIRST_FRACLEN)
         fraclen = self.average.fraclen.detach().round()
         if self.relative:
             fraclen = self.leader.rounded() + fraclen
@@ -166,30 +167,38 @@ class FraclenInput(ObservedQuantizer):
         return Grid(**{"bits": self.form.bits, "exponent": exponent, "signed": self.signed, "narrow": True, **place})
 
     # -- forward ------------------------------------------------------------------------------------------
+    def forward(self, x: Tensor, rectify: bool = False) -> Tensor:
+        reader = self.__dict__["reader"]  # sums come in float64, to an open one too
+        y = super().forward(x, rectify)
+        return y if reader is None else y.to(reader.weight.dtype)
+
     def quantize(self, x: Tensor, rectify: bool = False) -> Tensor:
         form = self.form
         if form.ties == "realign" and self.alpha is not None and self.counted is not self.leader:
             x = x * pow2((self.leader.rounded() - self.rounded()).to(torch.int32), x.dtype)
-        y = fix_quant(
+        if not form.rounding and self.alpha is None:
+            return x if self.signed else torch.relu(x)  # there is nothing to clip
+        return fix_quant(
             x, self._fraclen(x), bits=form.bits, signed=self.signed, ste=form.ste, axis=1, rounding=form.rounding
         )
-        return y.to(self.fraclen.dtype)  # sums of wide tensors come in float64
 
     def _fraclen(self, x: Tensor) -> Tensor:
-        if not self.training or self.frozen or self.fixed is not None:
+        if not self.training or self.frozen or self.fixed is not None or not self.form.rounding:
             return self.rounded()
         source = self.chooser
-        if source is self and torch.is_grad_enabled():
-            self._follow(x.detach())
+        if source is self:
+            self._follow(x.detach(), torch.is_grad_enabled())
         return source.current if self.form.batch else self.rounded()
 
     @torch.no_grad()
-    def _follow(self, x: Tensor) -> None:
-        """Take the statistics of a training batch; what there is nothing to learn from leaves all as it is."""
+    def _follow(self, x: Tensor, learning: bool) -> None:
+        """Choose by a training batch, and learn from it where there are gradients; by nothing, nothing changes."""
         sums = self._measure(x, None if self.form.at_once or self.relative else self.unit())
         chosen = choose(sums, self.form.select, self.form.bits, self.signed).to(self.fraclen.dtype)
         known = sums[..., 0] > 0
         self.current.copy_(torch.where(known, chosen, self.rounded()))
+        if not learning:
+            return
         if self.form.at_once:
             average = self.average.fraclen
             average.lerp_(torch.where(known, chosen, average), self.form.momentum)
@@ -219,6 +228,21 @@ class FraclenInput(ObservedQuantizer):
         codes = torch.round(x.detach() * pow2(-self.exponent(), x.dtype)) if self.exponent().dim() == 0 else x
         return (codes.abs() if self.signed else codes).gt(self.qmax).sum()
 
+    def set_signed(self, signed: bool) -> None:
+        super().set_signed(signed)
+        self._make_room()
+
+    def _make_room(self) -> None:
+        """Statistics of unsigned codes are of one fraclen more."""
+        empty = torch.zeros_like(self._measure(self.fraclen.new_zeros(1, self.fraclen.numel())))
+        if empty.shape != self.sums.shape:
+            self.sums = empty
+
+    def refresh(self) -> None:
+        super().refresh()
+        self._make_room()
+        self.current.copy_(self.fraclen.round().clamp(min=0))  # until a batch says otherwise
+
     # -- ties and calibration -----------------------------------------------------------------------------
     def share(self, group: Sequence[Quantizer], same_grid: bool) -> None:
         alpha = nn.Parameter(torch.tensor(8.0))
@@ -232,8 +256,8 @@ class FraclenInput(ObservedQuantizer):
             return
         if self.alpha is None:
             warnings.warn(
-                f"{self.site.key}: the weights were trained with a clip at {float(state['alpha']):g}, and there is none "
-                "here. Take clip=True with the same layers, or weights that were trained without.",
+                f"{self.site.key}: the weights were trained with a clip at {float(state['alpha']):g}, and there is "
+                "none here. Take clip=True with the same layers, or weights that were trained without.",
                 stacklevel=2,
             )
             return
@@ -245,17 +269,22 @@ class FraclenInput(ObservedQuantizer):
         seen = self.observed()
         for _, observer in seen:
             observer.reduce(all_reduce)
-        candidates = exponent_candidates(torch.stack([o.stats.abs_max(m.signed) for m, o in seen]).max(), 12)
+        high = torch.stack([observer.stats.abs_max(member.signed) for member, observer in seen]).max()
+        candidates = exponent_candidates(high, 12)
         errors = {member: self._errors(observer, candidates) for member, observer in seen}
         clipped = [member for member in errors if not member.relative]  # alpha is the clip of all of them
         best = self._best(candidates, torch.stack([errors[member] for member in clipped]).sum(0))
         if best is not None:
             with torch.no_grad():
-                if self.alpha is not None and not self.inherited:  # the unit begins as a power of two, 1 where the fraclen has room for it
+                # The unit begins as a power of two, 1 where the fraclen has room for it.
+                if self.alpha is not None and not self.inherited:
                     self.alpha.fill_(min(self.qmax * 2.0**-best, self.limit or torch.inf))
                 for member in errors:
                     own = self._best(candidates, errors[member]) if member.relative else best
                     member._begin(best if own is None else own, best)
+        if best is not None and self.alpha is None and self.fixed is None:
+            most = largest_fraclen(self.form.bits, self.signed)
+            tell_range(self.site.key, float(high), best < 0, most, self.form.bits, self.signed)
         self.set_ready(best is not None)  # zero throughout: open until a later calibration sees something
 
     def _begin(self, fraclen: int, of_unit: int) -> None:
@@ -277,90 +306,16 @@ class FraclenInput(ObservedQuantizer):
         return None if threshold is None else largest_fraclen(self.form.bits, self.signed) - threshold
 
 
-class ResultUnit(Quantizer):
-    """Counts a layer's result in the unit of the tensor's readers: divides weight and bias by it.
-
-    It reads the unit of the last reader that stands before it in the tie.
-    """
-
-    has_grid = False
-
-    def quantize(self, x: Tensor, rectify: bool = False) -> Tensor:
-        unit = None if self.reader is None else self.reader.unit()
-        if unit is None:
-            return x
-        return x / (unit if unit.dim() == 0 else unit.reshape(-1, *[1] * (x.dim() - 1)))
-
-    @property
-    def reader(self) -> FraclenInput | None:
-        """Whose unit the result is in; None where that is 1."""
-        found = None
-        for member in self.group:
-            if member is self:
-                return found
-            found = member if isinstance(member, FraclenInput) else found
-        return None
-
-    def exponent(self) -> Tensor:
-        return torch.zeros((), dtype=torch.int32)
-
-    def grid(self) -> Grid:
-        return Grid(bits=32, exponent=0)
-
-
-class FraclenWeight(Quantizer):
-    """A layer's effective weight: its fraclen is chosen anew from every weight, in training and evaluation (section 3).
-
-    Args:
-        site: where it stands.
-        bits, select, ste: as of inputs; signed.
-        per_channel: one fraclen an output channel, by a closed form.
-    """
-
-    layer: Any
-
-    def __init__(
-        self, site: Site, bits: int = 8, select: str = "grid", ste: str = "strict", per_channel: bool = False
-    ) -> None:
-        super().__init__(site)
-        self.bits, self.select, self.ste, self.per_channel = bits, select, ste, per_channel
-        self.fraclen: Tensor | None = None  # of the weight that was quantized last: follows from it, hence not saved
-
-    def quantize(self, x: Tensor, rectify: bool = False) -> Tensor:
-        axis = 0 if self.per_channel else None
-        sums = measure(x.detach(), self.select, self.bits, True, axis=axis)
-        self.fraclen = choose(sums, self.select, self.bits, True)
-        return fix_quant(x, self.fraclen, bits=self.bits, ste=self.ste, axis=0)
-
-    def exponent(self) -> Tensor:
-        if self.fraclen is None:
-            self.quantize(self.layer.in_evaluation()[0])
-        assert self.fraclen is not None
-        return -self.fraclen.to(torch.int32)
-
-    def grid(self) -> Grid:
-        exponent = self.exponent().tolist()
-        place: dict[str, Any] = {"axis": 0, "exponent": tuple(exponent)} if self.exponent().dim() else {}
-        return Grid(**{"bits": self.bits, "exponent": exponent, "narrow": True, **place})
-
-    def saturated(self, x: Tensor) -> Tensor:
-        codes = torch.round(x.detach() * pow2(-self.exponent(), x.dtype)) if self.exponent().dim() == 0 else x
-        return codes.abs().gt(largest_code(self.bits, True)).sum()
-
-
-class EvaluationBias(BiasQuantizer):
-    """int32 on the grid of the products in evaluation; float while training.
-
-    Args:
-        site: where it stands.
-        bits: of an input's and a weight's code together: above 16 their sums, and so the bias, need more than 32.
-    """
-
-    def __init__(self, site: Site, bits: int = 16) -> None:
-        super().__init__(site, 32 if bits <= 16 else _WIDE, own=False)
-
-    def quantize(self, x: Tensor, rectify: bool = False) -> Tensor:
-        if self.training and self.switch.mode is Mode.LOWBIT:
-            return x
-        unit = self._unit()
-        return x if unit is None or unit.numel() > 1 else super().quantize(x, rectify)
+def tell_range(key: str, high: float, too_large: bool, most: int, bits: int, signed: bool) -> None:
+    """Say where values are too large, or too small, for every fraclen up to ``most``."""
+    if too_large:
+        what = f"which no fraclen holds: they are clipped at {largest_code(bits, signed)}"
+    elif high * 2**most < 1:
+        what = f"which {most} bits behind the point round to one code or none"
+    else:
+        return
+    warnings.warn(
+        f"{key}: calibration saw values up to {high:.3g}, {what}. Normalize what enters the network; inside it a "
+        "trained clip (clip=True, less skip=) moves such values into the format.",
+        stacklevel=2,
+    )

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from lightning_lowbit.errors import ConfigError
-from lightning_lowbit.graph.network import only_layers_read, readers
-from lightning_lowbit.graph.ops import Kind
 from lightning_lowbit.graph.plan import Union
 from lightning_lowbit.graph.units import FROM_OUTSIDE, EdgeClass, edge_classes
 from lightning_lowbit.modules.base import Milestone, Moment, Scheme, Site, UpdateRule
-from lightning_lowbit.modules.elementwise import LowBitAvgPool, LowBitReLU
+from lightning_lowbit.modules.elementwise import LowBitAvgPool
 from lightning_lowbit.modules.fixed_point import average, classify, multiply, operate
-from lightning_lowbit.modules.fraclen import EvaluationBias, FraclenInput, FraclenWeight, InputFormat, ResultUnit, Ties
+from lightning_lowbit.modules.fixed_point_operands import EvaluationBias, FraclenWeight, ResultUnit
+from lightning_lowbit.modules.fixed_point_wiring import Wiring, keeps_six
+from lightning_lowbit.modules.fraclen import FraclenInput, InputFormat, Ties
 from lightning_lowbit.modules.layers import LowBitLayer
 from lightning_lowbit.modules.moments import check_moment
 from lightning_lowbit.modules.quantizer import Quantizer
@@ -24,8 +24,8 @@ from lightning_lowbit.numerics.fraclen_choice import SELECTORS
 from lightning_lowbit.schemes.options import check_choice
 
 if TYPE_CHECKING:
-    from lightning_lowbit.graph.network import Call, Flow
-    from lightning_lowbit.graph.plan import OpPlan, Plan
+    from lightning_lowbit.graph.network import Flow
+    from lightning_lowbit.graph.plan import Plan
 
 __all__ = ["F8Net"]
 
@@ -33,7 +33,6 @@ Select = Literal["rms", "std", "mae", "grid", "histogram"]
 _CLOSED_FORM_BITS = 8
 _PIXEL_FRACLEN = 8  # pixels are n / 256
 _LEAST_STRICT_BITS = 4
-_SIX = 6.0
 
 
 @dataclass(frozen=True)
@@ -115,12 +114,20 @@ class F8Net(Scheme):
             check_choice(type(self), option, getattr(self, option))
         for option in ("warmup", "freeze_fraclen", "freeze_batch_norm"):
             check_moment(f"F8Net: {option}", getattr(self, option))
-        if not 0 < self.momentum <= 1:
+        for option in ("clip", "pixels", "floating", "per_channel", "own_average"):
+            if not isinstance(getattr(self, option), bool):
+                raise ConfigError(f"F8Net({option}={getattr(self, option)!r}): expected True or False.")
+        if not _is_number(self.momentum) or not 0 < self.momentum <= 1:
             raise ConfigError(f"F8Net(momentum={self.momentum!r}): expected a number in (0, 1].")
-        if self.alpha_lr is not None and not self.alpha_lr >= 0:
+        if self.alpha_lr is not None and not (_is_number(self.alpha_lr) and 0 <= self.alpha_lr < float("inf")):
             raise ConfigError(f"F8Net(alpha_lr={self.alpha_lr!r}): expected a learning rate, or None.")
+        if self.warmup is None:
+            raise ConfigError("F8Net(warmup=None): expected a moment, 0 for at once.")
         if self.preset != "reference" and (self.per_channel or not self.own_average):
-            raise ConfigError("F8Net: per_channel and own_average=False belong to preset='reference'.")
+            raise ConfigError(
+                f"F8Net(per_channel={self.per_channel}, own_average={self.own_average}): expected preset='reference' "
+                "with these; leave them out, or take F8Net.reference(...)."
+            )
 
     def replace(self, **options: Any) -> F8Net:
         if "bits" in options:  # says anew what was settled when this one was made
@@ -162,14 +169,15 @@ class F8Net(Scheme):
             return None
         if site.role == "weight":
             bits = _known(self.weight_bits)
-            return FraclenWeight(site, bits, self._select(self.weight_select, bits), self._ste(bits), self.per_channel)
+            select, small = self._select(self.weight_select, bits), self.preset != "reference"
+            return FraclenWeight(site, bits, select, self._ste(bits), self.per_channel, small)
         integer = self.bias == "int32" and not self.per_channel
         both = _known(self.act_bits) + _known(self.weight_bits)
         return EvaluationBias(site, both) if site.role == "bias" and integer else None
 
     def _input(self, site: Site) -> FraclenInput:
         pixels = site.first and self.pixels
-        fixed = _PIXEL_FRACLEN if pixels else 6 if self.floating else None
+        fixed = _PIXEL_FRACLEN if pixels else None
         made = FraclenInput(
             site,
             self._form(rounding=not (pixels and self.preset == "reference")),
@@ -222,7 +230,7 @@ class F8Net(Scheme):
     def _clipped(self, root: nn.Module, flow: Flow, plan: Plan) -> list[EdgeClass]:
         """Edge classes with a trained clip."""
         found = edge_classes(root, flow, plan) if self.clip else []
-        return [edges for edges in found if edges.open is None and not _keeps_six(edges, flow)]
+        return [edges for edges in found if edges.open is None and not keeps_six(edges, flow)]
 
     def _ties_of(self, edges: EdgeClass, plan: Plan) -> list[list[str]]:
         inputs = [f"{path}.lowbit_input" for path in edges.consumers]
@@ -238,43 +246,17 @@ class F8Net(Scheme):
         return list(ties.values())
 
     def connect(self, root: nn.Module, flow: Flow, plan: Plan) -> list[str]:
-        places = {(op.owner, op.key): root.get_submodule(op.path) for op in plan.ops}
+        wiring = Wiring(root, flow, plan)
         clipped = self._clipped(root, flow, plan)
-        bounded = {id(call) for edges in clipped for call in edges.rectified_at_six}
-        for layer in (root.get_submodule(planned.path) for planned in plan.layers):
-            if getattr(layer, "norm", None) is not None and layer.lowbit_input is not None:
-                layer.lowbit_input.__dict__["absorbs"] = True  # a factor on what a batch norm divides changes nothing
-        for edges in clipped:
-            for source in (root.get_submodule(f"{path}.lowbit_input") for path in edges.consumers):
-                if isinstance(source, FraclenInput) and source.alpha is None:  # the only one of its tie
-                    source.share([source], True)
-            for path in edges.consumers if edges.rectified_at_six else ():  # their clip does its work
-                root.get_submodule(f"{path}.lowbit_input").__dict__["limit"] = _SIX
-            for path in (p for pool in edges.pools for p in pool.consumers if self.ties != "reference"):
-                root.get_submodule(f"{path}.lowbit_input").__dict__["private"] = True
-        for planned in plan.layers:  # sums may be written into its result, which then needs room for them
-            root.get_submodule(planned.path).__dict__["overwritten"] = any(op.overwrites for op in plan.ops)
-        for op in plan.ops:
-            rectifier = root.get_submodule(op.path)
-            if isinstance(rectifier, LowBitReLU) and (not rectifier.six or id(op.call) in bounded):
-                rectifier.__dict__["rectified_by"] = _unsigned_readers(root, flow, plan, op, self.preset == "reference")
-        notes = [] if self.avgpool != "shift" else self._correct_means(root, edge_classes(root, flow, plan), places)
+        wiring.absorb_before_norms()
+        wiring.clip(clipped, private=self.ties != "reference")
+        wiring.narrow()
+        wiring.leave_rectifiers(clipped, sums=self.preset != "reference")
+        notes = wiring.shift_means() if self.avgpool == "shift" else []
         for edges in edge_classes(root, flow, plan) if self.clip else []:
             if edges not in clipped and edges.consumers and edges.open != FROM_OUTSIDE:
-                reason = edges.open or f"{_keeps_six(edges, flow)} has readers that do not clip"
+                reason = edges.open or f"{keeps_six(edges, flow)} has readers that do not clip"
                 notes.append(f"no trained clip on what {', '.join(edges.consumers)} reads: {reason}")
-        return notes
-
-    def _correct_means(self, root: nn.Module, found: list[EdgeClass], places: dict[Any, nn.Module]) -> list[str]:
-        """Let the weights behind a mean by a shift make up for what the shift leaves."""
-        notes = []
-        for pool in (pool for edges in found for pool in edges.pools):
-            op = places[pool.call.owner, pool.call.key]
-            op.__dict__["by_shift"] = pool.exclusive
-            for path in pool.consumers if pool.exclusive else ():
-                root.get_submodule(f"{path}.lowbit_input").__dict__["mean"] = op
-            if not pool.exclusive:
-                notes.append(f"{pool.call.name} divides exactly: more than layers read it, or they read more than it")
         return notes
 
     def update_rule(self, modules: dict[str, nn.Module]) -> UpdateRule:
@@ -300,31 +282,5 @@ def _known(bits: int | None) -> int:
     return bits
 
 
-def _keeps_six(edges: EdgeClass, flow: Flow) -> str | None:
-    """The name of a ReLU6 whose bound no clip can stand for: not only layers read it."""
-    return next((call.name for call in edges.rectified_at_six if not only_layers_read(call, flow)), None)
-
-
-def _unsigned_readers(root: nn.Module, flow: Flow, plan: Plan, op: OpPlan, within: bool) -> list[FraclenInput]:
-    """The quantizers that read a rectifier's result, if all clip at 0 and nothing else sees it, nor its operand.
-
-    Args:
-        within: leave out rectifiers of sums, which the published code has as they are.
-    """
-    calls = [call for call in flow.calls if (call.owner, call.key) == (op.owner, op.key)]
-    layers = {layer.path for layer in plan.layers}
-    found = [str(reader.path) for call in calls for reader in readers(call)]
-    seen = root.get_submodule(op.path)._forward_hooks or op.overwrites or not layers.issuperset(found)
-    if seen or not all(only_layers_read(call, flow) and _read_once(call.inputs[0], flow) for call in calls):
-        return []
-    if within and not all(call.inputs[0].kind in (Kind.COMPUTE, Kind.BATCH_NORM) for call in calls):
-        return []
-    inputs = [getattr(root.get_submodule(path), "lowbit_input", None) for path in found]
-    clips = [q for q in inputs if isinstance(q, FraclenInput) and q.site.signed is False and q.fixed is None]
-    return clips if len(clips) == len(inputs) else []
-
-
-def _read_once(call: Call, flow: Flow) -> bool:
-    """Whether a tensor, and what it is a view of, has one reader: it may be handed on as it is."""
-    alone = len(call.readers) == 1 and call not in flow.exits
-    return alone and (call.kind is not Kind.KEEP or not call.inputs or _read_once(call.inputs[0], flow))
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -13,7 +13,7 @@ from schemes.f8net_vectors_options import configuration, converted, input_of, sc
 from schemes.vector_table import Comparison
 from torch import Tensor
 
-from lightning_lowbit.modules.fraclen import ResultUnit
+from lightning_lowbit.modules.fixed_point_operands import ResultUnit
 from lightning_lowbit.modules.layers import LowBitLayer
 
 __all__ = ["SINGLE", "Model", "check_evaluation", "check_training", "evaluated", "published_logits"]
