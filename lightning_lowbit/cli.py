@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import pkgutil
 import re
 import sys
 import textwrap
@@ -28,6 +29,7 @@ from jsonargparse import get_loader, set_loader
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+import lightning_lowbit.callbacks
 from lightning_lowbit.callbacks.quant import QuantCallback
 from lightning_lowbit.errors import ConfigError, UnsupportedModelError, nearest
 from lightning_lowbit.modules.base import Scheme
@@ -137,6 +139,8 @@ def main(args: list[str] | None = None) -> None:
             raise SystemExit(_verify(words[1:]))
         # Makes `model: DigitsCnn` a known name. Imported by name: demos stands above this file.
         importlib.import_module(DEMOS)
+        for module in pkgutil.iter_modules(lightning_lowbit.callbacks.__path__):  # and `class_path: FraclenSchedule`
+            importlib.import_module(f"{lightning_lowbit.callbacks.__name__}.{module.name}")
         LowBitCLI(
             args=words,
             subclass_mode_model=True,

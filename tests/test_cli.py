@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,14 @@ def build(monkeypatch: pytest.MonkeyPatch) -> Fit:
 
 def quant_callbacks(trainer: Trainer) -> list[QuantCallback]:
     return [callback for callback in trainer.callbacks if isinstance(callback, QuantCallback)]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["BinaryMonitor", "Calibrate", "FraclenSchedule"])
+def test_callbacks_of_ours_have_short_names_in_a_fresh_process(name: str) -> None:
+    words = [*NET, "--trainer.callbacks+", name, "--print_config"]
+    code = f"from lightning_lowbit import cli; cli.main({['fit', *words]!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert f".{name}" in done.stdout, done.stderr[-2000:]
 
 
 def print_config(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:

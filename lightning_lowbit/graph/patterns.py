@@ -152,6 +152,7 @@ class _Planner:
 
     def _produce(self, call: Call) -> None:
         wants = self._wants(call)
+        read = bool(wants)
         if call.kind is Kind.AVG_POOL and not wants:
             wants = {"operand"}  # a mean is on no grid before it is rounded
         if not wants or self._float_result(call) or (call.kind is Kind.COMPUTE and call.path in self.fold):
@@ -171,7 +172,7 @@ class _Planner:
         channels, behind = _channels(call)
         self.sites[key] = Site(
             path, role, op, pattern, self._signed(call), last=last, channels=channels, behind=behind,
-            multiplied=multiplied, slot="lowbit_output",
+            multiplied=multiplied, read=read or (known is not None and known.read), slot="lowbit_output",
         )  # fmt: skip
 
     def _signed(self, call: Call) -> bool | None:

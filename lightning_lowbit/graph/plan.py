@@ -31,6 +31,7 @@ class Site:
         behind: how many axes lie behind that of the channels: 0 of a linear layer's features, 2 of images; None is all
             but the first two.
         multiplied: whether a converted layer reads it.
+        read: whether a converted layer or a planned operation does.
         slot: name of the quantizer in its module.
     """
 
@@ -46,6 +47,7 @@ class Site:
     channels: int | None = None
     behind: int | None = None
     multiplied: bool = False
+    read: bool = True
     slot: str = ""
 
     @property

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_lowbit.errors import ConfigError
-from lightning_lowbit.graph.network import Call, Flow, ends, follow
+from lightning_lowbit.graph.network import Call, Flow, ends, follow, readers
 from lightning_lowbit.graph.ops import Kind, multiplies
 from lightning_lowbit.graph.patterns import make_plan
 from lightning_lowbit.graph.plan import LayerPlan, OpPlan, Plan, Site
@@ -55,6 +55,7 @@ class Report:
     sites: list[Site] = field(default_factory=list)
     ties: list[list[str]] = field(default_factory=list)
     derived_ties: list[list[str]] = field(default_factory=list)  # what the data flow says; ties may be a file's
+    between: list[str] = field(default_factory=list)  # float functions whose results converted modules read
     notes: list[str] = field(default_factory=list)  # what the scheme says of this network
     findings: list[str] = field(default_factory=list)  # what will train badly under this scheme, and the way out
 
@@ -115,6 +116,7 @@ def convert_module(
     plan = make_plan(root, flow, wanted, *norms_to_keep(root, scheme))
     plan.ties = scheme.tied(root, flow, plan)
     result.uncovered = _uncovered(root, flow, wanted)
+    result.between = _between(flow, plan)
     builder = _Builder(root, scheme, plan, flow)
     builder.build(ties)
     builder.switch.conversion = result
@@ -135,6 +137,17 @@ def _uncovered(root: nn.Module, flow: Flow, wanted: set[str]) -> list[str]:
         if multiplies(call.target) or any(reader.path in wanted for reader in call.readers):
             notes.append(f"{call.name} ({call.where}) stays float")
     return list(dict.fromkeys(notes))
+
+
+def _between(flow: Flow, plan: Plan) -> list[str]:
+    """Float functions whose results converted layers or operations read, by name."""
+    layers, ops = {layer.path for layer in plan.layers}, {(op.owner, op.key) for op in plan.ops}
+    found = (
+        call.name for call in flow.calls
+        if call.kind in (Kind.ACTIVATION, Kind.FLOAT)
+        and any(reader.path in layers or (reader.owner, reader.key) in ops for reader in readers(call))
+    )  # fmt: skip
+    return list(dict.fromkeys(found))
 
 
 def _present(ties: list[list[str]], keys: set[str]) -> list[list[str]]:

@@ -91,7 +91,7 @@ class FraclenWeight(Quantizer):
         if high > 0 and not self.observed:  # once, not in both passes
             self.observed = True
             most = largest_fraclen(self.bits, True) + (_MOST_BEYOND if self.small else 0)
-            tell_range(self.site.key, high, high > 2 * largest_code(self.bits, True), most, self.bits, True)
+            tell_range(self.site.key, high, high > largest_code(self.bits, True) + 0.5, most, self.bits, True)
 
     def exponent(self) -> Tensor:
         if self.fraclen is None:

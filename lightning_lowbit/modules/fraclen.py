@@ -173,14 +173,18 @@ class FraclenInput(ObservedQuantizer):
         return y if reader is None else y.to(reader.weight.dtype)
 
     def quantize(self, x: Tensor, rectify: bool = False) -> Tensor:
-        form = self.form
-        if form.ties == "realign" and self.alpha is not None and self.counted is not self.leader:
-            x = x * pow2((self.leader.rounded() - self.rounded()).to(torch.int32), x.dtype)
+        form, x = self.form, self._realigned(x)
         if not form.rounding and self.alpha is None:
             return x if self.signed else torch.relu(x)  # there is nothing to clip
         return fix_quant(
             x, self._fraclen(x), bits=form.bits, signed=self.signed, ste=form.ste, axis=1, rounding=form.rounding
         )
+
+    def _realigned(self, x: Tensor) -> Tensor:
+        """In its own unit: codes stay, and their label moves by the difference of two fraclens."""
+        if self.form.ties != "realign" or self.alpha is None or self.counted is self.leader:
+            return x
+        return x * pow2((self.leader.rounded() - self.rounded()).to(torch.int32), x.dtype)
 
     def _fraclen(self, x: Tensor) -> Tensor:
         if not self.training or self.frozen or self.fixed is not None or not self.form.rounding:
@@ -225,7 +229,8 @@ class FraclenInput(ObservedQuantizer):
         return weight * unit.reshape([-1 if i == axis else 1 for i in range(weight.dim())])
 
     def saturated(self, x: Tensor) -> Tensor:
-        codes = torch.round(x.detach() * pow2(-self.exponent(), x.dtype)) if self.exponent().dim() == 0 else x
+        x = self._realigned(x.detach())
+        codes = torch.round(x * pow2(-self.exponent(), x.dtype)) if self.exponent().dim() == 0 else x
         return (codes.abs() if self.signed else codes).gt(self.qmax).sum()
 
     def set_signed(self, signed: bool) -> None:

@@ -94,7 +94,9 @@ def _apart(loader: DataLoader[Any]) -> DataLoader[Any]:
         "batch_sampler": loader.batch_sampler,
         "sampler": loader.sampler,
     }.items():
-        object.__setattr__(twin, name, value.inner if isinstance(value, RecordedOrder) else value)
+        value = value.inner if isinstance(value, RecordedOrder) else value
+        # Lightning's sampler of predictions keeps its running iteration: two loaders must not draw from one.
+        object.__setattr__(twin, name, copy.copy(value) if name == "batch_sampler" else value)
     return twin
 
 

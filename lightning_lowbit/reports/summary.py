@@ -109,8 +109,9 @@ def claims(module: nn.Module, report: Summary) -> list[str]:
     inexact = [row.site for row in report.rows if row.exact is False]
     if inexact:
         reasons.append(f"{len(inexact)} layers' float sums are not proved exact ({inexact[0]} first)")
-    if conversion.uncovered:
-        reasons.append("float operations between layers")
+    if conversion.uncovered or conversion.between:
+        names = ", ".join(conversion.between[:3]) + ", ..." * (len(conversion.between) > 3)
+        reasons.append("float operations between layers" + (f" ({names})" if names else ""))
     if conversion.skipped or conversion.float_by_nature:
         reasons.append("float layers")
     low = [module for _, module in low_bit_modules(module)]

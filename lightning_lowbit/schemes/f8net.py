@@ -33,6 +33,7 @@ Select = Literal["rms", "std", "mae", "grid", "histogram"]
 _CLOSED_FORM_BITS = 8
 _PIXEL_FRACLEN = 8  # pixels are n / 256
 _LEAST_STRICT_BITS = 4
+_NAMED = 8  # layers that one note names
 
 
 @dataclass(frozen=True)
@@ -161,8 +162,9 @@ class F8Net(Scheme):
     def quantizer(self, site: Site) -> Quantizer | None:
         if site.role == "input":
             return self._input(site) if self.clip or not self.floating else None
-        if site.role == "operand" and (site.slot.startswith("lowbit_operand") or site.op in ("avg_pool", "activation")):
-            return FraclenInput(site, self._form())  # what float code made, or a mean that is added
+        made = site.slot.startswith("lowbit_operand") or site.op in ("avg_pool", "activation")
+        if site.role == "operand" and made:  # by float code, or a mean: read by sums, or by nothing that is converted
+            return FraclenInput(site, self._form()) if site.read else None
         if site.role == "unit":
             return None if self._rescales(site) else ResultUnit(site)
         if self.floating:
@@ -253,10 +255,14 @@ class F8Net(Scheme):
         wiring.narrow()
         wiring.leave_rectifiers(clipped, sums=self.preset != "reference")
         notes = wiring.shift_means() if self.avgpool == "shift" else []
+        without: dict[str, list[str]] = defaultdict(list)
         for edges in edge_classes(root, flow, plan) if self.clip else []:
             if edges not in clipped and edges.consumers and edges.open != FROM_OUTSIDE:
-                reason = edges.open or f"{keeps_six(edges, flow)} has readers that do not clip"
-                notes.append(f"no trained clip on what {', '.join(edges.consumers)} reads: {reason}")
+                without[edges.open or f"{keeps_six(edges, flow)} has readers that do not clip"] += edges.consumers
+        for reason, paths in without.items():
+            more = f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else ""
+            reads = "reads" if len(paths) == 1 else "read"
+            notes.append(f"no trained clip on what {', '.join(paths[:_NAMED])}{more} {reads}: {reason}")
         return notes
 
     def update_rule(self, modules: dict[str, nn.Module]) -> UpdateRule:

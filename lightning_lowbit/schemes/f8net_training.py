@@ -50,7 +50,7 @@ class FraclenRule(UpdateRule):
     """
 
     def __init__(self, scheme: F8Net, modules: dict[str, nn.Module]) -> None:
-        self.scheme = scheme
+        self.scheme, self.modules = scheme, modules
         self.momentum, self.last_momentum = scheme.momentum, None
         self.inputs: dict[str, FraclenInput] = {}  # those that keep a moving average
         self.owners: dict[str, str] = {}
@@ -72,15 +72,20 @@ class FraclenRule(UpdateRule):
         self.flips: dict[str, int] = dict.fromkeys(self.inputs, 0)
         self.begun: int | None = None
         self.end: int | None = None
-        self.lr = 0.0
+        self.rates = dict.fromkeys(alphas, scheme.alpha_lr or 0.0)
         self._said: set[str] = set()
 
     def _optimizer(self, alphas: list[nn.Parameter]) -> Optimizer:
-        return torch.optim.SGD(alphas, lr=self.scheme.alpha_lr or 0.0, momentum=0.9, nesterov=True, foreach=True)
+        each = [{"params": [alpha]} for alpha in alphas]  # with the rate of its layer's weights
+        return torch.optim.SGD(each, lr=0.0, momentum=0.9, nesterov=True)
 
     def before_step(self, optimizer: Optimizer, context: StepContext) -> None:
-        rate = optimizer.param_groups[0].get("lr", 0.0)
-        self.lr = float(rate) if self.scheme.alpha_lr is None else self.scheme.alpha_lr
+        for group in optimizer.param_groups if self.scheme.alpha_lr is None else ():
+            held = {id(parameter) for parameter in group["params"]}
+            for key in self.private.parameters:
+                layer: Any = self.modules[self.owners[key]]
+                if id(getattr(layer, "weight_orig", getattr(layer, "weight", None))) in held:
+                    self.rates[key] = float(group.get("lr", 0.0))
         if self.scheme.train == "statistics":
             drop_gradients(optimizer)
 
@@ -105,7 +110,7 @@ class FraclenRule(UpdateRule):
             self._follow(moving, context)
         gradients = self.private.gather(owned, context)
         still = self.scheme.train == "statistics"
-        self.private.step([None if still else g for g in gradients], self.lr)
+        self.private.step([None if still else g for g in gradients], list(self.rates.values()))
         for key, alpha in self.private.parameters.items():
             size = alpha.abs().clamp(ALPHA_MIN, self.limits.get(key, torch.inf))
             alpha.copy_(torch.copysign(size, alpha))

@@ -77,13 +77,15 @@ class PrivateOptimizer:
         return [mean.view_as(part) if use else None for mean, part, use in zip(means, parts, usable, strict=True)]
 
     @torch.no_grad()
-    def step(self, gradients: Sequence[Tensor | None], lr: float) -> None:
-        """One step of those that have a gradient."""
+    def step(self, gradients: Sequence[Tensor | None], lr: float | Sequence[float]) -> None:
+        """One step of those that have a gradient; ``lr`` for all of the optimizer's groups, or one for each."""
         if self.optimizer is None:
             return
         for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
             parameter.grad = gradient
-        self.optimizer.param_groups[0]["lr"] = lr
+        rates = lr if isinstance(lr, Sequence) else [lr] * len(self.optimizer.param_groups)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
         self.optimizer.step()
         for parameter in self.parameters.values():
             parameter.grad = None
