@@ -97,6 +97,17 @@ def test_evaluation_of_a_trained_network_moves_nothing(tmp_path: Path, call: str
     assert seen[0] == seen[1]
 
 
+@pytest.mark.parametrize("batches", [1, 2])
+def test_predictions_of_a_network_that_was_never_calibrated_are_whole(tmp_path: Path, batches: int) -> None:
+    net, data = seeded_net(), loader()
+    first = trainer(tmp_path, QuantCallback(calibrate_batches=batches)).predict(net, data)
+    second = trainer(tmp_path, QuantCallback()).predict(net, data)
+    assert first is not None
+    assert second is not None
+    assert len(first) == len(data)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))  # type: ignore[arg-type]  # tensors
+
+
 def test_validation_and_sanity_check_within_fit_move_nothing(tmp_path: Path) -> None:
     net = seeded_net()
     moments: list[tuple[str, dict[str, Tensor]]] = []

@@ -67,7 +67,7 @@ def test_a_fraclen_moves_no_function(network: str, ties: str) -> None:
     found = {
         (path, by): moved(net, quantizer, by)
         for path, quantizer in inputs(net).items() if quantizer.alpha is not None and quantizer.average is quantizer
-        for by in ((-1,) if quantizer.private else (1, -1, -2))
+        for by in ((-1,) if quantizer.private else (1, -1, -4))
     }  # fmt: skip
     assert len({path for path, _ in found}) >= 6
     assert sum(value is not None for value in found.values()) >= 10
