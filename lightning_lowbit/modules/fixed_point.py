@@ -14,6 +14,7 @@ from lightning_lowbit.modules.layers import LowBitLayer
 from lightning_lowbit.modules.quantizer import on
 from lightning_lowbit.numerics.exponent import pow2
 from lightning_lowbit.numerics.guards import FLOAT32_EXACT, float_sums_exact
+from lightning_lowbit.numerics.rectifier import rectify
 
 __all__ = ["average", "classifier", "classify", "multiply", "operate", "rescaling"]
 
@@ -70,7 +71,9 @@ def operate(op: LowBitOp, *operands: Any, **settings: Any) -> Tensor:
     if isinstance(op, LowBitReLU):
         clips = op.__dict__.get("rectified_by", ())
         left = clips and all(q.ready and not q.signed for q in clips)
-        return _for_readers(op, operands[0] if left else op.op(*operands))
+        if left:
+            return _for_readers(op, operands[0])
+        return _for_readers(op, op.op(*operands) if op.six else rectify(*operands))
     if op.training:
         return op.op(*operands, **settings)
     return _for_readers(op, op.op(*(_wide(operand) for operand in operands), **settings))

@@ -6,16 +6,21 @@ is exact.
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lightning_lowbit.errors import ConfigError
-from lightning_lowbit.numerics.exponent import pow2
-from lightning_lowbit.numerics.ste import fake_quantize, open_interval, ulp
+from lightning_lowbit.numerics.exponent import pow2, whole_pow2
+from lightning_lowbit.numerics.ste import eager_cpu, fake_quantize, ulp
 
 __all__ = ["STE", "fix_quant", "largest_code", "largest_fraclen"]
 
 STE: tuple[str, ...] = ("strict", "clip")
+
+_select = torch.ops.aten.hardtanh_backward  # (g, y, low, high) -> g where low < y < high, else 0: one vectorized pass
 
 
 def largest_code(bits: int, signed: bool) -> int:
@@ -72,9 +77,12 @@ def fix_quant(
     fraclen = fraclen.reshape(()) if fraclen.numel() == 1 else _along(axis, fraclen, x)
     most = largest_code(bits, signed)
     least = -most if signed else 0
+    if rounding and ste == "strict":
+        result: Tensor = _Strict.apply(x, -fraclen, least, most)  # type: ignore[no-untyped-call]  # torch does not type it
+        return result
     if rounding:
-        window = _window(bits, signed, ste == "strict", dtype)
-        return fake_quantize(x, -fraclen, qmin=least, qmax=most, window=window)
+        above = most + ulp(most, dtype)
+        return fake_quantize(x, -fraclen, qmin=least, qmax=most, window=(-above if signed else 0.0, above))
     x = x.to(dtype)
     v = x.detach() * pow2(fraclen, dtype)
     inside = v < most if ste == "strict" else v <= most
@@ -88,10 +96,26 @@ def _along(axis: int, values: Tensor, x: Tensor) -> Tensor:
     return values.reshape(shape)
 
 
-def _window(bits: int, signed: bool, strict: bool, dtype: torch.dtype) -> tuple[float, float]:
-    """The open interval of x 2^fraclen in which either mask of :func:`fix_quant` passes."""
-    most = largest_code(bits, signed)
-    if strict:
-        return open_interval(1 - most if signed else 1, most - 1, dtype)
-    above = most + ulp(most, dtype)
-    return (-above if signed else 0.0), above
+class _Strict(torch.autograd.Function):
+    """The strict mask can be read off the result: 0 or -M < code < M. Whoever multiplies by it keeps it anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, exponent: Tensor, least: int, most: int) -> Tensor:
+        if eager_cpu(x):
+            y = fake_quantize(x, exponent, qmin=least, qmax=most)
+        else:
+            s = whole_pow2(exponent, torch.float64 if x.dtype == torch.float64 else torch.float32)
+            y = torch.round(x.to(s.dtype) / s).clamp(least, most) * s
+        ctx.save_for_backward(y, exponent)
+        ctx.ends = least, most, x.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        y, exponent = ctx.saved_tensors
+        least, most, dtype = ctx.ends
+        if eager_cpu(y) and exponent.numel() == 1 and math.isfinite(float(y.sum())):
+            step = math.ldexp(1.0, int(exponent))
+            return _select(g, y, step * least, step * most).to(dtype), None, None, None
+        s = whole_pow2(exponent, y.dtype)
+        return torch.where((y > s * least) & (y < s * most), g, 0.0).to(dtype), None, None, None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_lowbit.numerics.exponent import pow2
+from lightning_lowbit.numerics.exponent import whole_pow2
 from lightning_lowbit.numerics.rounding import Rounding, round_to
 
 __all__ = [
@@ -339,7 +339,7 @@ def fake_quantize(
         y, float32 (float64 for float64 x), shape of x.
     """
     if exponent.numel() > 1 or not eager_cpu(x):
-        s = pow2(exponent, _compute_dtype(x))
+        s = whole_pow2(exponent, _compute_dtype(x))
         return _apply(_Static, x, s, qmin, qmax, rounding, window)
     step = math.ldexp(1.0, int(exponent.detach()))
     if _lean_rounds(rounding, qmin, qmax) and 2.0**-_LEAN_EXPONENTS <= step <= 2.0**_LEAN_EXPONENTS:

@@ -297,10 +297,10 @@ class TestChoose:
             for f in range(largest_fraclen(*fmt) + 1)
         ]
         errors = quantization_errors(x, *fmt)
-        torch.testing.assert_close(errors, torch.stack(want), rtol=1e-5, atol=1e-30)
+        torch.testing.assert_close(errors, torch.stack(want), rtol=1e-5, atol=1e-20)
         sums = measure(x, "grid", *fmt)
         if sums[0] > 0:
-            torch.testing.assert_close((sums[1:] / sums[0]).sqrt(), errors, rtol=1e-5, atol=1e-30)
+            torch.testing.assert_close((sums[1:] / sums[0]).sqrt(), errors, rtol=1e-5, atol=1e-20)
             best = errors[choose(sums, "grid", *fmt)]
             assert best <= errors.min() * (1 + 1e-5)
 
