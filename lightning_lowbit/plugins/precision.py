@@ -77,7 +77,9 @@ def lowbit_step(
         context = StepContext(_STEPS.get(model, 0), None)
         _STEPS[model] = context.step + 1
 
-    own = {id(p): p for _, q in quantizers(model) for p in q.parameters(recurse=False)}
+    in_optimizer = {id(p) for group in optimizer.param_groups for p in group["params"]}  # in a Trainer it has none
+    every = {id(p): p for _, q in quantizers(model) for p in q.parameters(recurse=False)}
+    own = {key: parameter for key, parameter in every.items() if key in in_optimizer}
     held: dict[int, Tensor | None] = {}
 
     def after_backward() -> Any:
