@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from binary_nets import NETS, BinaryClassifier
 from cifar import CifarData
-from finetune_resnet20 import load_public
-from integer_training import Curve, Result, over_seeds, quiet_trainer
+from integer_training import Curve, Result, fit, over_seeds, quiet_trainer
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import Timer
 from mnist import MnistData
@@ -66,17 +65,10 @@ def run(row: str, data: LightningDataModule, args: argparse.Namespace) -> tuple[
         if args.distill:
             callbacks.append(Distill(str(args.checkpoint)))
     trainer = quiet_trainer(epochs, callbacks, args)
-    if quant is None:
-        if args.checkpoint is not None:
-            load_public(model, args.checkpoint)
-        before = float(trainer.validate(model, data, verbose=False)[0]["val_acc"])
-        trainer.fit(model, data)
-    else:
-        trainer.fit(model, data)
-        before = float(quant.metrics["calibrated"]["val_acc"])
-        if args.packed is not None:
-            save(model, data, args)
-    return 100 * before, curve.values, timer.time_elapsed("train") / 60
+    before = fit(trainer, model, data, quant, args.checkpoint)
+    if quant is not None and args.packed is not None:
+        save(model, data, args)
+    return before, curve.values, timer.time_elapsed("train") / 60
 
 
 def save(model: LightningModule, data: LightningDataModule, args: argparse.Namespace) -> None:

@@ -21,8 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from cifar import CifarData
-from finetune_resnet20 import load_public
-from integer_training import Curve, over_seeds, quiet_trainer
+from integer_training import Curve, fit, over_seeds, quiet_trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Timer
 from resnet import LitResNet
@@ -47,14 +46,8 @@ def run(row: str, data: CifarData, args: argparse.Namespace) -> tuple[float, lis
             callbacks.append(FraclenSchedule(freeze=args.freeze, freeze_batch_norm=args.freeze_batch_norm))
     args.steps_per_epoch = args.batches if short else None
     trainer = quiet_trainer(1 if short else args.epochs, callbacks, args)
-    if quant is None:
-        load_public(model, args.checkpoint)
-        before = float(trainer.validate(model, data, verbose=False)[0]["val_acc"])
-        trainer.fit(model, data)
-    else:
-        trainer.fit(model, data)
-        before = float(quant.metrics["calibrated"]["val_acc"])
-    return 100 * before, curve.values, timer.time_elapsed("train") / 60
+    before = fit(trainer, model, data, quant, args.checkpoint)
+    return before, curve.values, timer.time_elapsed("train") / 60
 
 
 def moment(text: str) -> float | int | str | None:

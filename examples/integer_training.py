@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from cifar import CifarData
 from classifiers import Classifier
@@ -85,6 +86,20 @@ def quiet_trainer(epochs: int, callbacks: list[Callback], args: argparse.Namespa
     )
 
 
+def fit(
+    trainer: Trainer, model: Any, data: LightningDataModule, quant: QuantCallback | None, float_weights: Path | None
+) -> float:
+    """Train; returns the accuracy before, in percent: of the float network as loaded, or of the calibrated one."""
+    if quant is not None:
+        trainer.fit(model, data)
+        return 100 * float(quant.metrics["calibrated"]["val_acc"])
+    if float_weights is not None:
+        load_public(model, float_weights)
+    before = float(trainer.validate(model, data, verbose=False)[0]["val_acc"])
+    trainer.fit(model, data)
+    return 100 * before
+
+
 def over_seeds(
     args: argparse.Namespace, run: Callable[[str, int], tuple[float, list[float], float]]
 ) -> dict[str, Result]:
@@ -117,15 +132,8 @@ def run(row: str, data: LightningDataModule, args: argparse.Namespace) -> tuple[
         if args.certificate is not None:
             callbacks.append(TrainingCertificate(path=str(args.certificate)))
     trainer = quiet_trainer(args.epochs, callbacks, args)
-    if quant is None:
-        if isinstance(model, LitResNet) and args.checkpoint is not None:
-            load_public(model, args.checkpoint)
-        before = float(trainer.validate(model, data, verbose=False)[0]["val_acc"])
-        trainer.fit(model, data)
-    else:
-        trainer.fit(model, data)
-        before = float(quant.metrics["calibrated"]["val_acc"])
-    return 100 * before, curve.values, timer.time_elapsed("train") / 60
+    before = fit(trainer, model, data, quant, args.checkpoint if isinstance(model, LitResNet) else None)
+    return before, curve.values, timer.time_elapsed("train") / 60
 
 
 def table(results: dict[str, Result]) -> str:

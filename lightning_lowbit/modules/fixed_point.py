@@ -55,10 +55,7 @@ def _exact(layer: LowBitLayer, weight: Tensor, bias: Tensor | None) -> bool:
         return False
     codes = weight.double() * pow2(-layer.lowbit_weight.exponent(), torch.float64)
     biases = None if bias is None else bias.double() * pow2(-unit, torch.float64)
-    if layer.out_axis == 1 and layer.groups > 1:  # one group after the other holds its own outputs
-        codes = codes.reshape(layer.groups, -1, *codes.shape[1:]).transpose(1, 2).flatten(0, 1)
-        return float_sums_exact(codes, source.qmax, biases, 0)
-    return float_sums_exact(codes, source.qmax, biases, layer.out_axis)
+    return float_sums_exact(codes, source.qmax, biases, layer.out_axis, layer.groups)
 
 
 def operate(op: LowBitOp, *operands: Any, **settings: Any) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_lowbit.modules.base import Mode, Site
-from lightning_lowbit.modules.fraclen import FraclenInput, tell_range
+from lightning_lowbit.modules.fraclen import FraclenInput, grid_of, tell_range
 from lightning_lowbit.modules.quantizer import Quantizer
 from lightning_lowbit.modules.thresholds import BiasQuantizer
 from lightning_lowbit.numerics.exponent import ceil_log2, pow2
@@ -100,9 +100,7 @@ class FraclenWeight(Quantizer):
         return -self.fraclen.to(torch.int32)
 
     def grid(self) -> Grid:
-        exponent = self.exponent().tolist()
-        place: dict[str, Any] = {"axis": 0, "exponent": tuple(exponent)} if self.exponent().dim() else {}
-        return Grid(**{"bits": self.bits, "exponent": exponent, "narrow": True, **place})
+        return grid_of(self.exponent(), self.bits, True, axis=0)
 
     def saturated(self, x: Tensor) -> Tensor:
         codes = torch.round(x.detach() * pow2(-self.exponent(), x.dtype)) if self.exponent().dim() == 0 else x

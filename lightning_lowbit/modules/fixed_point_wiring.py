@@ -9,7 +9,7 @@ from torch import nn
 from lightning_lowbit.graph.network import Call, Flow, only_layers_read, readers
 from lightning_lowbit.graph.ops import Kind
 from lightning_lowbit.graph.plan import OpPlan, Plan
-from lightning_lowbit.graph.units import EdgeClass, edge_classes, others_read
+from lightning_lowbit.graph.units import EdgeClass, others_read
 from lightning_lowbit.modules.elementwise import LowBitOp, LowBitReLU
 from lightning_lowbit.modules.fraclen import FraclenInput
 from lightning_lowbit.modules.layers import LowBitLayer
@@ -100,15 +100,14 @@ class Wiring:
         alone = len(call.readers) == 1 and call not in self.flow.exits
         return alone and (call.kind is not Kind.KEEP or not call.inputs or self._read_once(call.inputs[0]))
 
-    def shift_means(self) -> list[str]:
+    def shift_means(self, classes: list[EdgeClass]) -> list[str]:
         """Let the weights behind a mean by a shift make up for what the shift leaves.
 
         Returns:
             notes on means that divide exactly all the same.
         """
         notes = []
-        pools = (pool for edges in edge_classes(self.root, self.flow, self.plan) for pool in edges.pools)
-        for pool in pools:
+        for pool in (pool for edges in classes for pool in edges.pools):
             op: Any = self.ops[pool.call.owner, pool.call.key]
             op.__dict__["by_shift"] = pool.exclusive
             for path in pool.consumers if pool.exclusive else ():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,12 @@ from lightning_lowbit.modules.observed import ObservedQuantizer
 from lightning_lowbit.modules.quantizer import Quantizer
 from lightning_lowbit.numerics.exponent import pow2
 from lightning_lowbit.numerics.fraclen import fix_quant, largest_code, largest_fraclen
-from lightning_lowbit.numerics.fraclen_choice import choose, measure
+from lightning_lowbit.numerics.fraclen_choice import METRICS, choose, measure
 from lightning_lowbit.numerics.grid import Grid
 from lightning_lowbit.numerics.observers import AllReduce, RangeObserver
 from lightning_lowbit.numerics.ranges import exponent_candidates, mse_by_exponent, threshold_mse_exponent
 
-__all__ = ["ALPHA_MIN", "FraclenInput", "InputFormat", "Ties", "tell_range"]
+__all__ = ["ALPHA_MIN", "FraclenInput", "InputFormat", "Ties", "grid_of", "tell_range"]
 
 Ties = Literal["shared", "realign", "reference"]
 
@@ -43,7 +43,6 @@ class InputFormat:
         own_average: in "reference", whether the moving average is each reader's own.
         momentum: of the moving average where it moves in the forward itself (``at_once``).
         at_once: the average moves in the forward, not with the optimizer's step.
-        batch: training quantizes with the fractional length of its batch, not with the average.
         per_channel: one fractional length a channel.
         rounding: False only clips: the float network that is trained with the clip.
     """
@@ -55,7 +54,6 @@ class InputFormat:
     own_average: bool = True
     momentum: float = 0.1
     at_once: bool = False
-    batch: bool = True
     per_channel: bool = False
     rounding: bool = True
 
@@ -162,9 +160,7 @@ class FraclenInput(ObservedQuantizer):
         return exponent if exponent.numel() > 1 else exponent.reshape(())
 
     def grid(self) -> Grid:
-        exponent = self.exponent().tolist()
-        place: dict[str, Any] = {"axis": 1, "exponent": tuple(exponent)} if self.exponent().dim() else {}
-        return Grid(**{"bits": self.form.bits, "exponent": exponent, "signed": self.signed, "narrow": True, **place})
+        return grid_of(self.exponent(), self.form.bits, self.signed, axis=1)
 
     # -- forward ------------------------------------------------------------------------------------------
     def forward(self, x: Tensor, rectify: bool = False) -> Tensor:
@@ -192,7 +188,7 @@ class FraclenInput(ObservedQuantizer):
         source = self.chooser
         if source is self:
             self._follow(x.detach(), torch.is_grad_enabled())
-        return source.current if self.form.batch else self.rounded()
+        return source.current
 
     @torch.no_grad()
     def _follow(self, x: Tensor, learning: bool) -> None:
@@ -214,7 +210,7 @@ class FraclenInput(ObservedQuantizer):
         """Statistics in true units: by those of the stream a fraclen, which is part of its unit, would drive itself."""
         axis = 1 if self.form.per_channel else None
         select = self.form.select
-        as_it_comes = self.form.at_once and select in ("std", "mae", "rms")  # published: not of what is left of it
+        as_it_comes = self.form.at_once and select in METRICS  # published: not of what is left of it
         return measure(x, select, self.form.bits, self.signed or as_it_comes, axis, unit)
 
     def absorb(self, weight: Tensor) -> Tensor:
@@ -309,6 +305,13 @@ class FraclenInput(ObservedQuantizer):
         """The fraclen of the least error; None where all was zero."""
         threshold = threshold_mse_exponent(candidates, errors)
         return None if threshold is None else largest_fraclen(self.form.bits, self.signed) - threshold
+
+
+def grid_of(exponent: Tensor, bits: int, signed: bool, axis: int) -> Grid:
+    """The grid of fixed-point codes; ``axis`` is that of an exponent per channel."""
+    if exponent.dim():
+        return Grid(bits, tuple(exponent.tolist()), signed=signed, narrow=True, axis=axis)
+    return Grid(bits, int(exponent), signed=signed, narrow=True)
 
 
 def tell_range(key: str, high: float, too_large: bool, most: int, bits: int, signed: bool) -> None:

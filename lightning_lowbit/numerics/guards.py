@@ -45,7 +45,7 @@ def accumulator_bound(
 
 
 def float_sums_exact(
-    weight_int: Tensor, x_max: float | Tensor, bias_int: Tensor | None = None, out_axis: int = 0
+    weight_int: Tensor, x_max: float | Tensor, bias_int: Tensor | None = None, out_axis: int = 0, groups: int = 1
 ) -> bool:
     """Whether the layer computed in float32 on codes (or on codes times powers of two) is exact.
 
@@ -55,8 +55,15 @@ def float_sums_exact(
     exponents. This covers direct and im2col convolution. Winograd and FFT transforms leave the integers and
     are not covered; TF32 keeps 11 significant bits of each operand, enough for codes of at most 11 bits.
 
+    Args:
+        weight_int, x_max, bias_int, out_axis: as of :func:`accumulator_bound`.
+        groups: of a transposed convolution, whose outputs stand on axis 1 group by group.
+
     >>> w = torch.full((1, 600), 127)
     >>> float_sums_exact(w, 127), float_sums_exact(w, 255)
     (True, False)
     """
+    if out_axis == 1 and groups > 1:  # a transposed convolution: one group after the other holds its own outputs
+        weight_int = weight_int.reshape(groups, -1, *weight_int.shape[1:]).transpose(1, 2).flatten(0, 1)
+        out_axis = 0
     return accumulator_bound(weight_int, x_max, bias_int, out_axis) < FLOAT32_EXACT

@@ -154,10 +154,7 @@ def sums_exact(layer: LowBitLayer) -> bool | None:
             return False  # a float bias is no multiple of the products' unit
         bias_codes = layer.lowbit_bias.quantize(bias.detach()).double() / pow2(unit, torch.float64)
     x_max = float(max(-grid.qmin, grid.qmax))
-    if layer.out_axis == 1 and layer.groups > 1:  # one group after the other holds its own outputs
-        codes = codes.reshape(layer.groups, -1, *codes.shape[1:]).transpose(1, 2).flatten(0, 1)
-        return float_sums_exact(codes, x_max, bias_codes, 0)
-    return float_sums_exact(codes, x_max, bias_codes, layer.out_axis)
+    return float_sums_exact(codes, x_max, bias_codes, layer.out_axis, layer.groups)
 
 
 def print_report(

@@ -20,7 +20,7 @@ from lightning_lowbit.modules.fraclen import FraclenInput, InputFormat, Ties
 from lightning_lowbit.modules.layers import LowBitLayer
 from lightning_lowbit.modules.moments import check_moment
 from lightning_lowbit.modules.quantizer import Quantizer
-from lightning_lowbit.numerics.fraclen_choice import SELECTORS
+from lightning_lowbit.numerics.fraclen_choice import METRICS, SELECTORS
 from lightning_lowbit.schemes.options import check_choice
 
 if TYPE_CHECKING:
@@ -199,8 +199,7 @@ class F8Net(Scheme):
         )  # fmt: skip
 
     def _select(self, select: str, bits: int) -> str:
-        closed = select in ("std", "mae", "rms")
-        return "grid" if closed and bits != _CLOSED_FORM_BITS else select
+        return "grid" if select in METRICS and bits != _CLOSED_FORM_BITS else select
 
     def _ste(self, bits: int) -> str:
         return self.ste if bits >= _LEAST_STRICT_BITS else "clip"
@@ -227,12 +226,12 @@ class F8Net(Scheme):
 
     def tied(self, root: nn.Module, flow: Flow, plan: Plan) -> list[list[str]]:
         """Edge classes in one unit: the reader that runs first, the results that are counted in it, other readers."""
-        return [tie for edges in self._clipped(root, flow, plan) for tie in self._ties_of(edges, plan)]
+        clipped = self._clipped(edge_classes(root, flow, plan), flow)
+        return [tie for edges in clipped for tie in self._ties_of(edges, plan)]
 
-    def _clipped(self, root: nn.Module, flow: Flow, plan: Plan) -> list[EdgeClass]:
+    def _clipped(self, classes: list[EdgeClass], flow: Flow) -> list[EdgeClass]:
         """Edge classes with a trained clip."""
-        found = edge_classes(root, flow, plan) if self.clip else []
-        return [edges for edges in found if edges.open is None and not keeps_six(edges, flow)]
+        return [edges for edges in classes if self.clip and edges.open is None and not keeps_six(edges, flow)]
 
     def _ties_of(self, edges: EdgeClass, plan: Plan) -> list[list[str]]:
         inputs = [f"{path}.lowbit_input" for path in edges.consumers]
@@ -248,15 +247,15 @@ class F8Net(Scheme):
         return list(ties.values())
 
     def connect(self, root: nn.Module, flow: Flow, plan: Plan) -> list[str]:
-        wiring = Wiring(root, flow, plan)
-        clipped = self._clipped(root, flow, plan)
+        classes = edge_classes(root, flow, plan)
+        wiring, clipped = Wiring(root, flow, plan), self._clipped(classes, flow)
         wiring.absorb_before_norms()
         wiring.clip(clipped, private=self.ties != "reference")
         wiring.narrow()
         wiring.leave_rectifiers(clipped, sums=self.preset != "reference")
-        notes = wiring.shift_means() if self.avgpool == "shift" else []
+        notes = wiring.shift_means(classes) if self.avgpool == "shift" else []
         without: dict[str, list[str]] = defaultdict(list)
-        for edges in edge_classes(root, flow, plan) if self.clip else []:
+        for edges in classes if self.clip else ():
             if edges not in clipped and edges.consumers and edges.open != FROM_OUTSIDE:
                 without[edges.open or f"{keeps_six(edges, flow)} has readers that do not clip"] += edges.consumers
         for reason, paths in without.items():
