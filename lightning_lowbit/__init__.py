@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lightning_lowbit.schemes import convert
     from lightning_lowbit.schemes.bnn import Bnn
     from lightning_lowbit.schemes.f8net import F8Net
+    from lightning_lowbit.schemes.jacinto import Jacinto
     from lightning_lowbit.schemes.niti import Niti
     from lightning_lowbit.schemes.tqt import Tqt
 
@@ -41,6 +42,7 @@ __all__ = [
     "FoldBatchNorm",
     "FraclenSchedule",
     "Freeze",
+    "Jacinto",
     "LowBitDDPStrategy",
     "LowBitPrecision",
     "LowBitStrategy",
@@ -68,6 +70,7 @@ _HOME = {
     "FoldBatchNorm": "callbacks.fold",
     "FraclenSchedule": "callbacks.fraclen",
     "Freeze": "callbacks.freeze",
+    "Jacinto": "schemes.jacinto",
     "LowBitDDPStrategy": "plugins.strategy",
     "LowBitPrecision": "plugins.precision",
     "LowBitStrategy": "plugins.strategy",

@@ -26,7 +26,7 @@ from lightning_lowbit.graph.trace import (
     trace_step,
 )
 
-__all__ = ["Call", "Flow", "ends", "follow", "only_layers_read", "placed_calls", "readers"]
+__all__ = ["Call", "Flow", "ends", "follow", "only_layers_read", "placed_calls", "reaches", "readers"]
 
 ALONE = -1  # the occurrence of a call that no traced forward makes
 _FIRST_INPUT_ONLY = (Kind.COMPUTE, Kind.BATCH_NORM, Kind.RELU, Kind.ACTIVATION, Kind.AVG_POOL, Kind.KEEP)
@@ -119,11 +119,11 @@ def ends(root: nn.Module, flow: Flow) -> dict[str, tuple[bool, bool]]:
         if call.alone:
             found[call.path] = call.path == registered[0], call.path == registered[-1]
         else:
-            found[call.path] = not _reaches(call, "inputs"), not _reaches(call, "readers")
+            found[call.path] = not reaches(call, "inputs"), not reaches(call, "readers")
     return found
 
 
-def _reaches(call: Call, direction: str) -> bool:
+def reaches(call: Call, direction: str) -> bool:
     """Whether another compute layer lies before (``inputs``) or behind (``readers``) this call."""
     stack, seen = list(getattr(call, direction)), set()
     while stack:

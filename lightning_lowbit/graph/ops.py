@@ -14,7 +14,7 @@ from torch import nn
 from lightning_lowbit.graph.trace import IN_PLACE_OPERATORS
 
 __all__ = [
-    "BATCH_NORMS", "COMPUTE", "FLOAT_BY_NATURE", "PRODUCERS", "REWRITTEN", "Kind", "classify", "in_place",
+    "BATCH_NORMS", "COMPUTE", "FLOAT_BY_NATURE", "PRODUCERS", "REWRITTEN", "Kind", "classify", "clips", "in_place",
     "is_leaf", "multiplies",
 ]  # fmt: skip
 
@@ -44,7 +44,7 @@ COMPUTE: dict[type[nn.Module], str] = {
     nn.ConvTranspose3d: "conv_transpose3d",
     nn.Linear: "linear",
 }
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 # Layers whose values are no sums of products on a grid: listed once in the report, left as they are.
 FLOAT_BY_NATURE: tuple[type[nn.Module], ...] = (
@@ -156,6 +156,21 @@ def classify(target: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | N
         return _FUNCTIONS.get(target, Kind.FLOAT)
     except TypeError:  # an unhashable callable is nothing that we know
         return Kind.FLOAT
+
+
+def clips(target: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> tuple[float, float] | None:
+    """Between which two numbers a call clips its argument (hardtanh, clamp); None where it does something else."""
+    if isinstance(target, nn.Hardtanh):
+        return float(target.min_val), float(target.max_val)
+    hardtanh = target is F.hardtanh
+    if not hardtanh and (isinstance(target, nn.Module) or target not in (torch.clamp, "clamp", "clamp_")):
+        return None
+    names = ("min_val", "max_val") if hardtanh else ("min", "max")
+    given: dict[str, Any] = dict.fromkeys(names) | ({"min_val": -1.0, "max_val": 1.0} if hardtanh else {})
+    given |= {**dict(zip(names, args[1:], strict=False)), **(kwargs or {})}
+    low, high = (given[name] for name in names)
+    numbers = all(isinstance(bound, (int, float)) for bound in (low, high))
+    return (float(low), float(high)) if numbers else None
 
 
 def in_place(target: Any, kwargs: dict[str, Any]) -> bool:

@@ -13,8 +13,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from lightning_lowbit.graph.network import Call, Flow, ends, readers
-from lightning_lowbit.graph.ops import COMPUTE, PRODUCERS, REWRITTEN, Kind
+from lightning_lowbit.graph.network import Call, Flow, ends, reaches, readers
+from lightning_lowbit.graph.ops import COMPUTE, PRODUCERS, REWRITTEN, Kind, clips
 from lightning_lowbit.graph.plan import LayerPlan, OpPlan, Plan, Site, Union
 from lightning_lowbit.graph.trace import CallKey
 
@@ -63,6 +63,8 @@ class _Planner:
             if call.kind is Kind.COMPUTE and call.path in self.convertible and call is self.by_path[call.path][0]:
                 self._layer(call)
         self.result.sites = list(self.sites.values())
+        for call in self.flow.calls:
+            self._leave(call)
         self.result.ties = self.union.groups(self.sites)
         self._tie_weights()
         return self.result
@@ -173,7 +175,31 @@ class _Planner:
         self.sites[key] = Site(
             path, role, op, pattern, self._signed(call), last=last, channels=channels, behind=behind,
             multiplied=multiplied, read=read or (known is not None and known.read), slot="lowbit_output",
+            clips=clips(call.target, call.args, call.kwargs),
         )  # fmt: skip
+
+    def _leave(self, call: Call) -> None:
+        """A result that the outside or float code sees, not only rectifiers and norms."""
+        bounds = clips(call.target, call.args, call.kwargs)
+        if call.kind not in (Kind.COMPUTE, Kind.BATCH_NORM, Kind.RELU, Kind.ADD) and bounds is None:
+            return
+        path = self.names.get(id(call))
+        if path is None or path in self.fold or self._float_result(call) or not self._seen_outside(call):
+            return
+        op = "conv" if call.kind in (Kind.COMPUTE, Kind.BATCH_NORM) else call.kind.value
+        site = Site(
+            path, "result", op, self._pattern(call), self._signed(call), last=not reaches(call, "readers"), read=False,
+            slot="lowbit_output", clips=bounds,
+        )  # fmt: skip
+        if site.key not in self.sites and site.key not in {known.key for known in self.result.results}:
+            self.result.results.append(site)
+
+    def _seen_outside(self, call: Call) -> bool:
+        if call in self.flow.exits or not call.readers:
+            return True
+        return any(
+            self._seen_outside(reader) if reader.kind is Kind.KEEP else not _refines(reader) for reader in call.readers
+        )
 
     def _signed(self, call: Call) -> bool | None:
         if id(call) not in self.signs:
@@ -314,6 +340,11 @@ class _Planner:
                     self.result.layers[self.result.layers.index(layer)] = replace(layer, first=first, last=last)
                 self.result.ties.append([f"{layer.path}.lowbit_weight" for layer in layers])
                 self.result.same_grid.update(self.result.ties[-1])
+
+
+def _refines(call: Call) -> bool:
+    """Whether a call makes of its argument what a layer before it would have given at once: norms and clips."""
+    return call.kind in (Kind.RELU, Kind.BATCH_NORM) or clips(call.target, call.args, call.kwargs) is not None
 
 
 def _word(call: Call) -> str:

@@ -18,7 +18,8 @@ class Site:
 
     Attributes:
         path: module that owns the quantizer; its parameters live under ``{path}.{slot}``.
-        role: input, weight, bias, accumulator, output, operand, error or weight_grad; sum is what an operation without
+        role: input, weight, bias, accumulator, output, operand, error or weight_grad; result is an output that float
+            code or nobody reads; sum is what an operation without
             weights has computed and not yet rounded; unit is what a layer's result counts in, where that is not 1.
         op: conv2d, linear, relu, add, cat, avg_pool, ...
         pattern: what was merged, e.g. ``conv2d+bn+relu``.
@@ -33,6 +34,7 @@ class Site:
         multiplied: whether a converted layer reads it.
         read: whether a converted layer or a planned operation does.
         slot: name of the quantizer in its module.
+        clips: between what the operation itself clips its values (hardtanh), None where it does not.
     """
 
     path: str
@@ -49,6 +51,7 @@ class Site:
     multiplied: bool = False
     read: bool = True
     slot: str = ""
+    clips: tuple[float, float] | None = None
 
     @property
     def key(self) -> str:
@@ -87,6 +90,7 @@ class Plan:
     layers: list[LayerPlan] = field(default_factory=list)
     ops: list[OpPlan] = field(default_factory=list)
     sites: list[Site] = field(default_factory=list)
+    results: list[Site] = field(default_factory=list)  # of tensors that leave the converted part, role "result"
     ties: list[list[str]] = field(default_factory=list)  # site keys that share one step
     same_grid: set[str] = field(default_factory=set)  # of those, keys that share the sign too (concat)
     islands: list[str] = field(default_factory=list)  # batch norms that take and give integers

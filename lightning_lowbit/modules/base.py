@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lowbit.errors import ConfigError
+from lightning_lowbit.graph.fold import fold_batch_norm
 from lightning_lowbit.graph.plan import Plan, Site
 from lightning_lowbit.modules.moments import Moment
 
 if TYPE_CHECKING:
     from lightning_lowbit.graph.network import Flow
     from lightning_lowbit.modules.quantizer import Quantizer
+    from lightning_lowbit.numerics.observers import AllReduce
 
 __all__ = [
     "LowBitModule", "Milestone", "Mode", "Moment", "Run", "Scheme", "Site", "StepContext", "Switch",
@@ -173,6 +175,9 @@ class UpdateRule(ABC):
     def step(self, owned: set[str], context: StepContext) -> None:
         """Update the low-bit modules at the paths ``owned``: the stepping optimizer holds their weights."""
 
+    def after_batch(self, context: StepContext) -> None:  # noqa: B027  # optional
+        """A training batch has ended, whether or not an optimizer stepped in it."""
+
     def milestone(self, what: str, reached: bool, when: int) -> bool | None:
         """A scheduled event, due from step ``when`` on: reached, or (again) not yet.
 
@@ -207,6 +212,7 @@ class Scheme:
 
     name: ClassVar[str] = ""
     carries_errors: ClassVar[bool] = False  # tensors and errors are carriers; training runs with autocast off
+    runs_norms: ClassVar[bool] = False  # merged batch norms run in training as they are, synchronized ones too
     reproducible: ClassVar[bool] = False  # the package's own sample order is used unless the user declines
 
     def replace(self, **options: Any) -> Self:
@@ -271,6 +277,16 @@ class Scheme:
 
     def prepare(self, layer: nn.Module) -> None:
         """A last word on a converted layer before the run, e.g. weights moved onto their integer grid."""
+
+    def merge(self, layer: Any, weight: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and bias of a layer with the batch norm behind it, by these statistics of its channels."""
+        norm = layer.norm
+        return fold_batch_norm(
+            weight, layer.bias, norm.weight, norm.bias, mean, var, norm.eps, layer.out_axis, layer.groups
+        )
+
+    def refine(self, root: nn.Module, run: Callable[[], int], all_reduce: AllReduce) -> None:
+        """Behind calibration, in evaluation mode: what can be set only now; ``run`` feeds the same batches again."""
 
     def update_rule(self, modules: dict[str, nn.Module]) -> UpdateRule | None:
         """What is updated outside the user's optimizer; ``modules`` are the low-bit modules by path."""

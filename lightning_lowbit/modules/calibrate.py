@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lowbit.errors import ConfigError
-from lightning_lowbit.modules.base import Mode, mode, switch_of
+from lightning_lowbit.modules.base import LowBitModule, Mode, mode, switch_of
 from lightning_lowbit.modules.convert import quantizers
 from lightning_lowbit.modules.layers import LowBitLayer
 from lightning_lowbit.modules.quantizer import Quantizer
@@ -63,13 +63,16 @@ def calibrate(
                     break
             for leader in leaders:
                 leader.commit(all_reduce)
+        switch.started = True
+        for scheme in {id(m.scheme): m.scheme for m in root.modules() if isinstance(m, LowBitModule)}.values():
+            with torch.no_grad():
+                scheme.refine(root, run, all_reduce)
     finally:
         for _, quantizer in quantizers(root):
             quantizer.forget()  # after a refusal too: the next calibration starts from nothing
         switch.ran = None
         for module in training:
             module.training = True
-    switch.started = True
     return open_quantizers(root)
 
 

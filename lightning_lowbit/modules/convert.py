@@ -169,7 +169,7 @@ class _Builder:
             self._layer(layer)
         for path in self.plan.islands:
             self._norm(path, "bn").island = True
-        for site in self.plan.sites:
+        for site in (*self.plan.sites, *self.plan.results):
             self._quantizer(site)
         for layer in self.plan.layers:
             self._finish_layer(layer)

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.prune import BasePruningMethod
 
 from lightning_lowbit.errors import UnsupportedModelError
-from lightning_lowbit.graph.fold import batch_statistics, fold_batch_norm
+from lightning_lowbit.graph.fold import batch_statistics
 from lightning_lowbit.graph.ops import Kind
 from lightning_lowbit.modules.base import LowBitModule, Mode
 from lightning_lowbit.modules.quantizer import Quantizer, on
@@ -128,9 +128,7 @@ class LowBitLayer(LowBitModule):
         norm = self.norm
         if norm is None:
             return weight, self.bias
-        for hook in norm._forward_pre_hooks.values():
-            if isinstance(hook, BasePruningMethod):  # renews norm.weight, in a forward that comes after this one
-                hook(norm, None)
+        self.renew_norm()
         if norm.training and not self.norm_frozen and self.switch.mode is Mode.LOWBIT:
             y = self.op(x, weight, self.bias).to(weight.dtype)
             norm._check_input_dim(y)  # type: ignore[no-untyped-call]
@@ -138,13 +136,22 @@ class LowBitLayer(LowBitModule):
                 raise ValueError(f"{self.path}: expected more than one value per channel in training, got {y.shape}")
             mean, var, unbiased = batch_statistics(y, self.channel_axis)
             self._track(norm, mean.detach(), unbiased)
-        else:
-            assert norm.running_mean is not None
-            assert norm.running_var is not None
-            mean, var = norm.running_mean, norm.running_var
-        return fold_batch_norm(
-            weight, self.bias, norm.weight, norm.bias, mean, var, norm.eps, self.out_axis, self.groups
-        )
+            return self.scheme.merge(self, weight, mean, var)
+        return self.by_moving_statistics(weight)
+
+    def by_moving_statistics(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``weight`` and the bias with the batch norm that follows, as evaluation has it."""
+        if self.norm is None:
+            return weight, self.bias
+        assert self.norm.running_mean is not None
+        assert self.norm.running_var is not None
+        return self.scheme.merge(self, weight, self.norm.running_mean, self.norm.running_var)
+
+    def renew_norm(self) -> None:
+        """A pruned norm's parameters: its own hook computes them, in a forward that comes after this one."""
+        for hook in () if self.norm is None else self.norm._forward_pre_hooks.values():
+            if isinstance(hook, BasePruningMethod):
+                hook(self.norm, None)
 
     def in_evaluation(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias with the moving statistics merged, whatever mode the norm is in."""
@@ -201,11 +208,14 @@ class LowBitLayer(LowBitModule):
             self.norm_frozen = bool(self.lowbit_norm_frozen.round().item())
 
     def accumulator_exponent(self) -> Tensor | None:
-        """log2 of one unit of the products' sum, ex + ew; None while a grid is open."""
+        """log2 of one unit of the products' sum, ex + ew; None while a grid is open, or is of another kind."""
         source = self.input_grid
-        if source is None or self.lowbit_weight is None or not (source.ready and self.lowbit_weight.ready):
+        weight = self.lowbit_weight
+        if source is None or weight is None or not (source.ready and weight.ready):
             return None
-        return source.exponent() + self.lowbit_weight.exponent()
+        if not (source.has_exponent and weight.has_exponent):
+            return None
+        return source.exponent() + weight.exponent()
 
     def result_grid(self) -> Grid | None:
         """Grid of the sums before any output quantizer."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 from lightning_lowbit.errors import ConfigError
 
-__all__ = ["Moment", "check_moment"]
+__all__ = ["HALF", "Moment", "check_moment"]
 
 Moment = int | float | str
-"""float in (0, 1) = fraction, int = epoch, "500 steps" = step, 0 = at once."""
+"""float in (0, 1) = fraction, int = epoch, "500 steps" = step, "half-1" = an epoch before half of them, 0 = at once."""
+
+HALF = re.compile(r"half([+-]\d+)?")
+"""So many epochs before or behind half of a run's, rounded down; never where the run is too short for it."""
 
 
 def check_moment(name: str, moment: Moment | None) -> None:
@@ -18,7 +23,9 @@ def check_moment(name: str, moment: Moment | None) -> None:
         return
     if isinstance(moment, str) and moment.removesuffix("steps").removesuffix("step").strip().isdigit():
         return
+    if isinstance(moment, str) and HALF.fullmatch(moment):
+        return
     raise ConfigError(
         f"{name}={moment!r}: expected a fraction of the run in (0, 1), an epoch as int, steps as '500 steps', "
-        "or 0 for at once."
+        "'half+1' for an epoch behind half of them, or 0 for at once."
     )

@@ -68,8 +68,13 @@ class LowBitBatchNorm3d(LowBitBatchNorm, nn.BatchNorm3d):
     pass
 
 
+class LowBitSyncBatchNorm(LowBitBatchNorm, nn.SyncBatchNorm):
+    pass
+
+
 NORMS: dict[type[nn.Module], type[LowBitBatchNorm]] = {
     nn.BatchNorm1d: LowBitBatchNorm1d,
     nn.BatchNorm2d: LowBitBatchNorm2d,
     nn.BatchNorm3d: LowBitBatchNorm3d,
+    nn.SyncBatchNorm: LowBitSyncBatchNorm,
 }

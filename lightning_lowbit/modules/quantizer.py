@@ -15,7 +15,7 @@ from lightning_lowbit.modules.base import Mode, Site, Switch
 from lightning_lowbit.numerics.grid import Grid
 from lightning_lowbit.numerics.observers import AllReduce
 
-__all__ = ["Quantizer", "on"]
+__all__ = ["Quantizer", "in_backward", "on"]
 
 
 class Quantizer(nn.Module):
@@ -30,6 +30,7 @@ class Quantizer(nn.Module):
     """
 
     waits: bool = False  # its turn comes behind calibration, which leaves it open
+    has_exponent: bool = True  # False where its step is no power of two
     has_grid: bool = True  # False for what only stands in a quantizer's place
     initialized: Tensor
     negative: Tensor
@@ -139,6 +140,11 @@ class Quantizer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.site.role}, {self.grid() if self.ready else 'not calibrated'}"
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is running: what computes then is a checkpointed block, for the second time."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def on(quantizer: Quantizer | None, x: Tensor) -> Tensor:

@@ -170,10 +170,11 @@ def norms_to_keep(root: nn.Module, scheme: Scheme) -> tuple[set[str], set[str]]:
     kept, islands = set(), set()
     for path, module in root.named_modules():
         if isinstance(module, _BatchNorm):
-            foldable = type(module) in NORMS and module.track_running_stats and module.running_mean is not None
+            known = type(module) in NORMS and (scheme.runs_norms or not isinstance(module, nn.SyncBatchNorm))
+            foldable = known and module.track_running_stats and module.running_mean is not None
             answer = scheme.batch_norm(Site(path, "output", "batch_norm"), module)
             if not foldable or answer not in ("fold", "fold_or_island"):
                 kept.add(path)
-            if type(module) in NORMS and answer in ("island", "fold_or_island"):
+            if known and answer in ("island", "fold_or_island"):
                 islands.add(path)
     return kept, islands

@@ -14,16 +14,8 @@ from torch import nn
 
 from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.modules.base import (
-    Milestone,
-    Mode,
-    Moment,
-    Scheme,
-    StepContext,
-    Tally,
-    UpdateRule,
-    mode,
-    switch_of,
-)
+    Milestone, Mode, Moment, Scheme, StepContext, Tally, UpdateRule, mode, switch_of,
+)  # fmt: skip
 from lightning_lowbit.modules.calibrate import reset
 from lightning_lowbit.modules.convert import Pattern, Selection, is_converted, quantizers
 from lightning_lowbit.modules.moments import check_moment
@@ -266,6 +258,10 @@ class Lifecycle(Callback):
         self._tick(trainer, pl_module)
         begin_batch(trainer, pl_module, batch_idx)
         log_rule(trainer, self.rule, "step")
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.rule is not None and switch_of(pl_module).started:
+            self.rule.after_batch(self.step_context(trainer))
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         whole = switch_of(pl_module).started and not trainer.fit_loop._skip_backward

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from lightning_lowbit.errors import ConfigError
-from lightning_lowbit.modules.moments import Moment, check_moment
+from lightning_lowbit.modules.moments import HALF, Moment, check_moment
 
 __all__ = ["ENDLESS", "RunLength", "resolve"]
 
@@ -30,15 +30,21 @@ def resolve(moment: Moment, run: RunLength, begin: int = 0) -> int:
     """Step at which ``moment`` is reached.
 
     Args:
-        moment: fraction, epoch, "N steps".
+        moment: fraction, epoch, "N steps", "half" and so many epochs.
         run: its length.
         begin: fractions count from this step to the end of the run.
 
     >>> run = RunLength(total=400, per_epoch=100)
     >>> [resolve(m, run) for m in (0, 0.5, 2, "30 steps")], resolve(0.5, run, begin=200)
     ([0, 200, 200, 30], 300)
+    >>> [resolve(m, run) for m in ("half-1", "half", "half+1", "half-9")]
+    [100, 200, 300, 0]
     """
     check_moment("moment", moment)
+    half = HALF.fullmatch(moment) if isinstance(moment, str) else None
+    if half is not None:
+        per_epoch = run.per_epoch or run.reference
+        return max(0, (run.reference // per_epoch // 2 + int(half[1] or 0)) * per_epoch)
     if isinstance(moment, str):
         return int(moment.removesuffix("steps").removesuffix("step"))
     if isinstance(moment, float):

@@ -9,6 +9,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.modules.base import Milestone, Moment, UpdateRule, low_bit_modules
+from lightning_lowbit.modules.moments import HALF
 from lightning_lowbit.plugins.moments import RunLength, resolve
 
 __all__ = ["Schedule", "run_length"]
@@ -81,6 +82,8 @@ class Schedule:
         if self.run.total is None:
             return
         for what, step in {"start": self.begin, **self.steps}.items():
+            if HALF.fullmatch(str(moments.get(what))) is not None:
+                continue  # a rule for runs of any length: this one is too short for it
             if step >= self.run.total and step > 0:
                 message = (
                     f"{what}={start if what == 'start' else moments.get(what)!r} means step {step}, this "

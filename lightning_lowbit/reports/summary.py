@@ -143,8 +143,10 @@ def sums_exact(layer: LowBitLayer) -> bool | None:
     source, weight, unit = layer.input_grid, layer.lowbit_weight, layer.accumulator_exponent()
     if layer.scheme.carries_errors:
         return True  # integer kernels, whatever dtype they add in
-    if source is None or weight is None or unit is None:
+    if source is None or weight is None or not (source.ready and weight.ready):
         return None
+    if unit is None:
+        return False  # a step that is no power of two: products are rounded
     grid = source.grid()
     folded, bias = layer.in_evaluation()
     codes = weight.quantize(folded.detach()).double() / pow2(weight.exponent(), torch.float64)
@@ -153,7 +155,9 @@ def sums_exact(layer: LowBitLayer) -> bool | None:
         if layer.lowbit_bias is None:
             return False  # a float bias is no multiple of the products' unit
         bias_codes = layer.lowbit_bias.quantize(bias.detach()).double() / pow2(unit, torch.float64)
-    x_max = float(max(-grid.qmin, grid.qmax))
+        if bool((bias_codes != bias_codes.round()).any()):
+            return False
+    x_max = float(max(grid.zero_point - grid.qmin, grid.qmax - grid.zero_point))
     return float_sums_exact(codes, x_max, bias_codes, layer.out_axis, layer.groups)
 
 

@@ -39,6 +39,13 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
         {"ties": "realign", "select": "histogram", "ste": "clip", "avgpool": "shift"},
         {"ties": "reference", "bits": 5, "weight_select": "histogram", "alpha_lr": 0.01},
     ),
+    "jacinto": (
+        {},
+        {"ste_weights": "quantized", "bias": "tidl", "bits": 4, "range_sync": "hist", "freeze_batch_norm": None},
+        {"ste_weights": "folded", "per_channel": "all", "act_round": "half_even", "bias_calibration": 0.05},
+        {"bn_value": "batch", "preset": "WC8_AT8", "freeze_ranges": 0.5},
+        {"preset": "reference", "freeze_batch_norm": 0.3, "freeze_ranges": None, "range_shrink": 0.0},
+    ),
     "tqt": (
         {},
         {"bits": 4, "freeze_batch_norm": None},

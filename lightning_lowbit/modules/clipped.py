@@ -1,0 +1,298 @@
+"""Activations whose range follows the batches: percentile, running mean, limit rounded up (PACT2 of TI's QAT)."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_lowbit.modules.base import Mode, Site
+from lightning_lowbit.modules.quantizer import Quantizer, in_backward
+from lightning_lowbit.numerics.clipping import Limits, clip_quantize, clip_saturated, limits_of
+from lightning_lowbit.numerics.exponent import ceil_log2
+from lightning_lowbit.numerics.grid import Grid
+from lightning_lowbit.numerics.observers import AllReduce
+from lightning_lowbit.numerics.percentile import BINS, percentile_range, range_histogram, range_of_histogram
+from lightning_lowbit.numerics.rounding import Rounding
+
+__all__ = ["ClipFormat", "ClipQuantizer", "RangeSync"]
+
+RangeSync = Literal["mean", "hist", "none"]
+
+_FIRST_RANGE = 8.0  # before anything was seen
+
+
+@dataclass(frozen=True)
+class ClipFormat:
+    """How a tensor is clipped and quantized.
+
+    Attributes:
+        bits: of a code.
+        power2: the limit is rounded up to a power of two.
+        symmetric: no zero point; False is a range from c0 to c1 with one.
+        rounding: tie rule.
+        percent: of the values that may fall off each end of a batch's range.
+        floor: least share of a batch in the running mean.
+        subsample: every how many rows and columns of a map are looked at; the batch's number says which.
+        sync: how processes share ranges: their mean behind each batch, one histogram in each batch, or not.
+        batch_ranges: training clips by the range of the batch itself.
+    """
+
+    bits: int = 8
+    power2: bool = True
+    symmetric: bool = True
+    rounding: Rounding = Rounding.HALF_UP
+    percent: float = 0.01
+    floor: float = 0.001
+    subsample: int = 1
+    sync: RangeSync = "mean"
+    batch_ranges: bool = False
+
+
+class ClipQuantizer(Quantizer):
+    """A tensor clipped to an estimated range (section 2 of the scheme's description in docs/jacinto.md).
+
+        n += 1;  u = max(1 / max(n, 1), floor);  clips = (1 - u) clips + u range(x)      in training, n from -1
+        A = ceil2(max |clips|);  y = clip(round(x s), qmin, qmax) / s                    s = codes / A
+
+    The limit is rounded up behind the mean, so it moves in octaves. Gradients pass where -A <= x <= A (0 <= x <= A),
+    and none reach the range. The range is that of what comes in, before a rectifier.
+
+    Args:
+        site: where it stands.
+        form: how it clips and quantizes.
+        fixed: a range that nothing moves.
+        signed: whether there are negative codes; None goes by the range.
+
+    Attributes:
+        clips: float32 [2], the running mean of lower and upper ends.
+        batches: n, counted also while the range stands still.
+        skipped: batches with NaN or infinite values since it was last told, not saved.
+        frozen: whether the range stands still.
+        fused: whether the layer before it does its work, together with its own (modules.merging).
+    """
+
+    clips: Tensor
+    batches: Tensor
+    skipped: Tensor
+
+    def __init__(
+        self, site: Site, form: ClipFormat, fixed: tuple[float, float] | None = None, signed: bool | None = None
+    ) -> None:
+        super().__init__(site)
+        self.form, self.fixed, self.flag = form, fixed, signed
+        self.has_exponent = form.power2
+        low = 0.0 if self.flag is False else -_FIRST_RANGE
+        self.register_buffer(
+            "clips", torch.tensor((low, _FIRST_RANGE) if fixed is None else fixed, dtype=torch.float32)
+        )
+        self.register_buffer("batches", torch.tensor(-1.0))
+        self.register_buffer("skipped", torch.zeros(()), persistent=False)
+        self.__dict__["watched"] = None
+        self.frozen = self.fused = False
+
+    # -- the grid -----------------------------------------------------------------------------------------
+    def limits(self) -> Limits:
+        """The effective limits; members of a tie (a concat) have the widest of theirs."""
+        members = [member for member in self.group if isinstance(member, ClipQuantizer)]
+        if len(members) == 1:
+            return limits_of(self.clips, self.flag, self.form.bits, self.form.power2, self.form.symmetric)
+        clips = torch.stack([m.clips if m.flag is not False else m.clips.clamp(min=0.0) for m in members])
+        widest = torch.stack([clips[:, 0].min(), clips[:, 1].max()])
+        flags = {member.flag for member in members}
+        flag = True if True in flags else False if flags == {False} else None
+        return limits_of(widest, flag, self.form.bits, self.form.power2, self.form.symmetric)
+
+    def exponent(self) -> Tensor:
+        return -ceil_log2(self.limits().scale)
+
+    def grid(self) -> Grid:
+        limits = self.limits().to_host()
+        signed, zero = limits.qmin < 0, int(limits.zero_point)
+        if self.form.power2:
+            return Grid(self.form.bits, int(self.exponent()), zero_point=zero, signed=signed)
+        return Grid(self.form.bits, scale=1 / float(limits.scale), zero_point=zero, signed=signed)
+
+    # -- forward ------------------------------------------------------------------------------------------
+    def forward(
+        self, x: Tensor, rectify: bool = False, value: Tensor | None = None, seen: Tensor | None = None,
+        closes: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """Clip and quantize.
+
+        Args:
+            x: the tensor that carries the gradient.
+            rectify: there is a rectifier before it.
+            value: what is quantized, seen: what the range follows; x where they are not given.
+            closes: the call of the layer that does its work, where one does.
+        """
+        if self.switch.mode is Mode.OBSERVE:
+            self.observe(x.detach())
+        if self.switch.mode is not Mode.LOWBIT or not (self.switch.started and self.ready):
+            return F.relu(x) if rectify else x
+        return x if self.fused and not closes else self._clip(x, value, seen, rectify)
+
+    def quantize(self, x: Tensor, rectify: bool = False) -> Tensor:
+        if rectify and self.flag is not False:
+            x = F.relu(x)
+        return clip_quantize(x, self.limits(), self.form.rounding)
+
+    def _clip(self, x: Tensor, value: Tensor | None, seen: Tensor | None, rectify: bool) -> Tensor:
+        limits = self.follow((x if seen is None else seen).detach())
+        if rectify and len(self.group) > 1:  # others in its tie may have negative codes
+            x, value = F.relu(x), None if value is None else F.relu(value)
+        if self.switch.tally is not None:
+            self.switch.tally.count(self, x if value is None else value)
+        return clip_quantize(x, limits, self.form.rounding, value)
+
+    def saturated(self, x: Tensor) -> Tensor:
+        return clip_saturated(x.detach(), self.limits(), self.form.rounding)
+
+    # -- the range ----------------------------------------------------------------------------------------
+    @property
+    def follows(self) -> bool:
+        """Whether a batch moves its range now."""
+        return self.training and not self.frozen and self.fixed is None
+
+    @torch.no_grad()
+    def follow(self, x: Tensor) -> Limits:
+        """Take one training batch into the running range; its limits from then on."""
+        if not self.training or in_backward():
+            return self.limits()
+        self.batches.add_(1)
+        if not self.follows:
+            return self.limits()
+        seen = self.range_of(x).to(self.clips.dtype)
+        known = torch.isfinite(seen).all()
+        seen = torch.where(known, seen, self.clips)
+        self.skipped.add_(1 - known.to(self.skipped.dtype))
+        share = (1 / self.batches.clamp(min=1)).clamp(min=self.form.floor)
+        self.clips.copy_((1 - share) * self.clips + share * seen)
+        if self.form.batch_ranges:
+            return limits_of(seen, self.flag, self.form.bits, self.form.power2, self.form.symmetric)
+        return self.limits()
+
+    def range_of(self, x: Tensor) -> Tensor:
+        """Lower and upper end of one batch's values, on all processes where ranges come from one histogram."""
+        x = self._part(x)
+        run = self.switch.run
+        if self.form.sync != "hist" or run.world == 1:
+            return percentile_range(x, self.form.percent)
+        ends = torch.stack([-x.amin(), x.amax()])
+        low, high = run.reduce_max(torch.where(torch.isnan(ends), torch.inf, ends)) * ends.new_tensor([-1, 1])
+        if self.form.percent == 0:
+            return torch.stack([low, high])
+        return range_of_histogram(run.reduce_sum(range_histogram(x, low, high)), low, high, self.form.percent)
+
+    def _part(self, x: Tensor) -> Tensor:
+        """Every n-th row and column of a large map, shifted by the number of the batch."""
+        n = self.form.subsample
+        if n == 1 or x.dim() != 4 or min(x.shape[2:]) <= 4:
+            return x
+        start = self.switch.run.batch
+        return x[:, :, start % n :: n, start // n % n :: n]
+
+    def settle(self, reset: bool) -> None:
+        if bool(self.skipped > 0):
+            warnings.warn(
+                f"{self.site.key}: NaN or infinite values in {int(self.skipped)} training batches; its range did not "
+                "follow them. Look at the batches, the loss and the learning rate.",
+                stacklevel=2,
+            )
+            self.skipped.zero_()
+
+    # -- calibration --------------------------------------------------------------------------------------
+    def observe(self, x: Tensor) -> None:
+        watched = self.watched or _Watched(x.new_zeros(2), hist=self.form.sync == "hist")
+        self.__dict__["watched"] = watched
+        watched.observe(self._part(x), self.form)
+
+    @property
+    def watched(self) -> _Watched | None:
+        found: _Watched | None = self.__dict__["watched"]
+        return found
+
+    def forget(self) -> None:
+        self.__dict__["watched"] = None
+
+    def close_pass(self, all_reduce: AllReduce) -> bool:
+        again = self.form.sync == "hist" and self.form.percent > 0
+        for member in self.group:
+            if isinstance(member, ClipQuantizer):
+                watched = member.watched or _Watched(member.clips.new_zeros(2), hist=self.form.sync == "hist")
+                member.__dict__["watched"] = watched
+                watched.reduce(all_reduce, again)
+                member.require_finite(int(not bool(torch.isfinite(watched.clips).all())))
+        return again
+
+    def commit(self, all_reduce: AllReduce) -> None:
+        ready = False
+        for member in self.group:
+            if not isinstance(member, ClipQuantizer):
+                continue
+            watched = member.watched
+            assert watched is not None
+            if watched.counts is not None:
+                low, high = watched.clips.unbind()
+                watched.clips = range_of_histogram(all_reduce(watched.counts, "sum"), low, high, self.form.percent)
+            if watched.number >= 0 and member.fixed is None:
+                member.clips.copy_(watched.clips)
+                member.batches.fill_(watched.number)
+            ready = ready or watched.number >= 0
+            member.set_signed(bool(member.limits().qmin < 0))
+        self.set_ready(ready)
+
+
+@dataclass
+class _Watched:
+    """What passed in calibration: the running range of batches, or all of them in one histogram.
+
+    Attributes:
+        clips: running range, or the ends of everything seen.
+        hist: which of the two.
+        number: batches but one, as ``ClipQuantizer.batches``.
+        counts: the histogram, in a second pass.
+    """
+
+    clips: Tensor
+    hist: bool
+    number: float = -1.0
+    counts: Tensor | None = None
+    reduced: bool = False
+
+    def observe(self, x: Tensor, form: ClipFormat) -> None:
+        if self.reduced:  # a second pass
+            low, high = self.clips.unbind()
+            found = range_histogram(x, low, high)
+            self.counts = found if self.counts is None else self.counts + found
+            return
+        self.number = self.number + 1
+        seen = percentile_range(x, 0.0 if self.hist else form.percent)
+        if self.hist:
+            first = self.number == 0
+            low = seen[0] if first else torch.minimum(self.clips[0], seen[0])
+            high = seen[1] if first else torch.maximum(self.clips[1], seen[1])
+            self.clips = torch.stack([low, high])
+        else:
+            share = max(1 / max(self.number, 1.0), form.floor)
+            self.clips = (1 - share) * self.clips + share * seen
+
+    def reduce(self, all_reduce: AllReduce, again: bool) -> None:
+        """Over processes: the mean of those that saw something, or the ends of them all; ``again``: to be counted."""
+        self.reduced = True
+        seen = float(self.number >= 0)
+        if self.hist:
+            ends = self.clips * self.clips.new_tensor([-1, 1]) if seen else torch.full_like(self.clips, -torch.inf)
+            ends = all_reduce(ends, "max") * ends.new_tensor([-1, 1])
+            self.number = float(all_reduce(ends.new_tensor(self.number), "max"))
+            self.clips = ends if self.number >= 0 else torch.zeros_like(ends)
+            self.counts = torch.zeros(BINS, dtype=torch.int64, device=ends.device) if again else None
+        else:
+            mine = torch.cat([self.clips * seen, self.clips.new_tensor([seen])])
+            total = all_reduce(mine, "sum")
+            self.number = float(all_reduce(mine.new_tensor(self.number), "max"))
+            self.clips = total[:2] / total[2].clamp(min=1)

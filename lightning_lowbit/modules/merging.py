@@ -1,0 +1,148 @@
+"""A layer, its batch norm, its rectifier and its quantizer as one step: value in integers, gradient through float.
+
+nrm    = BN(conv(xq, W) + b)                         the float path, which moves the norm's statistics
+Wm, bm = W, b with BN merged by those statistics     never by the batch's own
+Wq, bq = their quantized values
+y      = quantized(conv(xq, Wq) + bq), by the range that nrm has moved; gradient of clamp(nrm, low, high)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_lowbit.modules.clipped import ClipQuantizer
+from lightning_lowbit.modules.quantizer import in_backward, on
+from lightning_lowbit.numerics.merged import unmerge
+from lightning_lowbit.numerics.through import pass_through
+
+__all__ = ["Backward", "Group", "merged_layer"]
+
+Backward = Literal["float", "quantized", "folded"]
+
+
+@dataclass
+class Group:
+    """What a layer computes together with itself.
+
+    Attributes:
+        end: the quantizer of the result; None leaves sums as they are.
+        six: whether a rectifier that ends at 6 stands between.
+        tap: is shown the sums of the quantized operands.
+        norms: batch norms of the network that no layer has merged.
+    """
+
+    end: ClipQuantizer | None = None
+    six: bool = False
+    tap: Callable[[Tensor], None] | None = None
+    norms: list[nn.Module] = field(default_factory=list)
+
+    def close(self, nrm: Tensor, sums: Tensor | None = None, seen: Tensor | None = None) -> Tensor:
+        """The value of ``sums`` quantized, the gradient of nrm, the range of ``seen``; both are nrm if not given."""
+        if self.end is None:
+            return nrm if sums is None else pass_through(nrm, sums)
+        if self.six:
+            nrm = nrm.clamp(max=6.0)
+            sums, seen = (None if t is None else t.clamp(max=6.0) for t in (sums, seen))
+        result: Tensor = self.end(nrm, value=sums, seen=seen, closes=True)
+        return result
+
+
+def merged_layer(layer: Any, x: Tensor, backward: Backward, batch_value: bool = False) -> Tensor:
+    """Forward of a group that quantizes.
+
+    Args:
+        layer: a LowBitLayer with a ``group``.
+        x: its input.
+        backward: what the backward pass goes through. float: W. quantized: Wq, with BN taken out of it again. folded:
+            the convolution with Wq itself, statistics as constants, which needs no second one once BN is frozen.
+        batch_value: while BN is live the value too is normalized by the batch, from the quantized weight and without a
+            second convolution (the rule of torch's own QAT).
+    """
+    group: Group = layer.group
+    x = on(layer.lowbit_input, x)
+    layer.renew_norm()
+    if _live(layer) and batch_value:
+        return group.close(_float_path(layer, x, _apart(layer)))
+    traced = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in _parameters(layer)))
+    watching = group.end is not None and group.end.follows
+    if not (traced or watching or _live(layer)):
+        sums = _sums(layer, x)
+        return group.close(sums)
+    if backward == "float":
+        nrm = _float_path(layer, x, layer.weight)
+        return group.close(nrm, _sums(layer, x))
+    seen = None
+    if _live(layer):
+        with torch.no_grad():
+            seen = _float_path(layer, x.detach(), layer.weight)
+    if backward == "folded":
+        return group.close(layer.op(x, *_quantized(layer)), None, seen)
+    sums = _sums(layer, x)
+    return group.close(_float_path(layer, x, _apart(layer), moves=False), sums, seen)
+
+
+def _live(layer: Any) -> bool:
+    """Whether the batch norm trains."""
+    return layer.norm is not None and layer.norm.training and not layer.norm_frozen
+
+
+def _parameters(layer: Any) -> list[Tensor]:
+    norm = layer.norm
+    found = (layer.weight, layer.bias, None if norm is None else norm.weight, None if norm is None else norm.bias)
+    return [p for p in found if p is not None]
+
+
+def _float_path(layer: Any, x: Tensor, weight: Tensor, moves: bool = True) -> Tensor:
+    """BN(conv(x, weight) + b); in training BN goes by the batch, and ``moves`` its statistics."""
+    c, norm = layer.op(x, weight, layer.bias), layer.norm
+    if norm is None:
+        return c  # type: ignore[no-any-return]
+    if _live(layer):
+        if moves and not in_backward():  # a checkpointed block runs again in the backward pass
+            return norm.op(c)  # type: ignore[no-any-return]  # its own forward: a synchronized one stays so
+        return F.batch_norm(c, None, None, norm.weight, norm.bias, True, 0.0, norm.eps)
+    return F.batch_norm(c, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+
+
+def _quantized(layer: Any) -> tuple[Tensor, Tensor | None]:
+    """Wq and bq; where gradients are recorded they pass through the rounding."""
+    weight, bias = layer.by_moving_statistics(layer.weight)
+    with torch.no_grad():
+        scale = layer.lowbit_weight.scale(weight, bias)
+    weight = layer.lowbit_weight(weight, scale=scale)
+    if bias is not None and layer.lowbit_bias is not None:
+        bias = layer.lowbit_bias(bias, scale=scale)
+    return weight, bias
+
+
+@torch.no_grad()
+def _sums(layer: Any, x: Tensor) -> Tensor:
+    """conv(x, Wq) + bq, in float32 whatever autocast says: products of codes need all its bits."""
+    weight, bias = _quantized(layer)
+    if layer.training and layer.lowbit_weight.form.snap:
+        layer.lowbit_weight.snap(weight)
+    with torch.autocast(x.device.type, enabled=False):
+        sums: Tensor = layer.op(x.detach().to(weight.dtype), weight, bias)
+    tap = layer.group.tap
+    if tap is not None:
+        tap(sums)
+    return sums
+
+
+def _apart(layer: Any) -> Tensor:
+    """Wq with BN taken out again, as a function of W that passes gradients through; W where BN's factor is nil."""
+    quantizer, master = layer.lowbit_weight, layer.weight
+    with torch.no_grad():
+        weight, bias = layer.by_moving_statistics(master)
+        scale = quantizer.scale(weight, bias)
+        value, factor = quantizer(weight, scale=scale), quantizer.factor()
+        if factor is not None:
+            value = unmerge(value, factor, layer.norm.eps, master.detach(), floor=False)
+        mask = quantizer.mask(weight, scale)
+    return pass_through(master, value, mask)

@@ -1,0 +1,42 @@
+"""One tensor's value with another's gradient: the exact form of y + (value - y).detach()."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["pass_through"]
+
+
+class _PassThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, inside: Tensor | None) -> Tensor:
+        ctx.dtype = x.dtype
+        ctx.save_for_backward(inside)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        (inside,) = ctx.saved_tensors
+        return (g if inside is None else torch.where(inside, g, 0.0)).to(ctx.dtype), None, None
+
+
+def pass_through(x: Tensor, value: Tensor, inside: Tensor | None = None) -> Tensor:
+    """The very bits of ``value``; its gradient goes to ``x``, where ``inside`` says so.
+
+    Adding a detached difference instead would round, and leave the grid.
+
+    Args:
+        x: any shape.
+        value: shape of x; no gradient flows into it.
+        inside: bool, shape of x; None is everywhere.
+
+    >>> x = torch.tensor([0.3, 0.7], requires_grad=True)
+    >>> y = pass_through(x, torch.tensor([0.25, 0.75]), torch.tensor([True, False]))
+    >>> y.sum().backward()
+    >>> y.tolist(), x.grad.tolist()
+    ([0.25, 0.75], [1.0, 0.0])
+    """
+    return _PassThrough.apply(x, value, inside)  # type: ignore[no-untyped-call, no-any-return]  # torch leaves it untyped

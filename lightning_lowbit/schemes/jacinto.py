@@ -1,0 +1,299 @@
+"""TI's quantization-aware training for its accelerators (edgeai-torchvision; the devices of the Jacinto family)."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lowbit.errors import ConfigError, nearest
+from lightning_lowbit.graph.fold import per_output
+from lightning_lowbit.graph.ops import Kind
+from lightning_lowbit.modules.base import Milestone, Moment, Scheme, Site, UpdateRule
+from lightning_lowbit.modules.bias_calibration import calibrate_biases
+from lightning_lowbit.modules.clipped import ClipFormat, ClipQuantizer, RangeSync
+from lightning_lowbit.modules.elementwise import LowBitAvgPool
+from lightning_lowbit.modules.merged import BiasRule, MergedBias, MergedWeight, WeightFormat, dead_channels
+from lightning_lowbit.modules.merging import Backward, merged_layer
+from lightning_lowbit.modules.merging_wiring import group_layers
+from lightning_lowbit.modules.moments import check_moment
+from lightning_lowbit.modules.quantizer import Quantizer
+from lightning_lowbit.numerics.rounding import Rounding
+from lightning_lowbit.schemes.jacinto_presets import DEFAULTS, settings_of
+from lightning_lowbit.schemes.options import check_choice
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lightning_lowbit.graph.network import Flow
+    from lightning_lowbit.graph.plan import Plan
+    from lightning_lowbit.numerics.observers import AllReduce
+
+__all__ = ["Jacinto"]
+
+_OVERRIDABLE = ("weight_bits", "act_bits", "signed", "range")
+_SYMMETRIC_BIAS = ("tidl", "tidl_scale")
+
+
+@dataclass(frozen=True)
+class Jacinto(Scheme):
+    """Merged weights and activations on symmetric power-of-two grids from ranges that follow the batches.
+
+    The value of every layer is computed from quantized operands with the batch norm merged, its gradient goes through
+    the float layer. Nothing is trained beside the network itself.
+
+    Args:
+        preset: a name for many of these options at once: "recommended", "reference" (as published), "simple" and
+            "advanced" (calibration without training), or a format such as "WT8SYMP2_AT8SYMP2" or "WC4_AT8".
+        bits: what weight_bits and act_bits are if they are not given.
+        weight_bits: bits of weights, signed (2 to 16; 8).
+        act_bits: bits of activations, unsigned where none is negative (2 to 16; 8).
+        power2: ranges are rounded up to powers of two; else they are what they are.
+        symmetric: activations have no zero point.
+        per_channel: weights have one scale a tensor ("none"), in depthwise convolutions one an output channel
+            ("depthwise"), or so everywhere ("all").
+        range_shrink: percent of an activation's values that may fall off each end of a batch's range.
+        range_floor: least share of a batch in the running range; above 1 / share batches it is a moving average.
+        range_subsample: look at every n-th row and column of large maps only.
+        range_sync: how processes share ranges: "mean" behind each batch, "hist" one histogram in each, or "none".
+        batch_ranges: training clips by each batch's own range.
+        weight_shrink: percent of the weights that may fall off each end of their range.
+        weight_cap: largest range of weights.
+        act_range: one fixed range for all activations, 0 or its negative to it.
+        ste_weights: the weight that the backward pass sees: "float", "quantized" (the quantized one with its batch norm
+            taken out again) or "folded" (the merged quantized one, statistics as constants).
+        bn_value: statistics that normalize training's values: "running" (published), or the "batch"'s.
+        bias: "int32" on the grid of the products, "tidl" (an 8-bit weight times a constant, in 16 bits, as published),
+            "tidl_scale" (weights give way to the bias), "own" (a grid of its own) or "float".
+        act_round: ties of activations: half_up (published), half_even or half_away.
+        constrain_weights: clip outliers of weights when quantization begins.
+        snap_weights_at_start: put float weights on their grid in the first training batch.
+        dead_channels: channels whose variance is nil are merged as the "constant" that they are, or like others
+            ("merge", published).
+        avgpool: "exact" division, quantized, or a "float" mean (published).
+        quantize_in, quantize_out: whether the network's input and its results are quantized.
+        bias_calibration: rate at which biases take up the shift of means behind calibration; 0 leaves them.
+        freeze_batch_norm: when batch norms stop following the batches; None never.
+        freeze_ranges: when ranges do.
+        warmup: when quantizers start in training from scratch.
+        overrides: options per module-path pattern: weight_bits, act_bits, signed, range (a limit or a pair).
+    """
+
+    name: ClassVar[str] = "jacinto"
+    runs_norms: ClassVar[bool] = True
+
+    preset: str | None = None
+    bits: int | None = None
+    weight_bits: int | None = None
+    act_bits: int | None = None
+    power2: bool | None = None
+    symmetric: bool | None = None
+    per_channel: Literal["none", "depthwise", "all"] | None = None
+    range_shrink: float | None = None
+    range_floor: float = 0.001
+    range_subsample: int = 1
+    range_sync: RangeSync = "mean"
+    batch_ranges: bool = False
+    weight_shrink: float = 0.0
+    weight_cap: float | None = None
+    act_range: float | None = None
+    ste_weights: Backward = "float"
+    bn_value: Literal["running", "batch"] = "running"
+    bias: BiasRule | None = None
+    act_round: Literal["half_up", "half_even", "half_away"] = "half_up"
+    constrain_weights: bool | None = None
+    snap_weights_at_start: bool | None = None
+    dead_channels: Literal["constant", "merge"] | None = None
+    avgpool: Literal["exact", "float"] | None = None
+    quantize_in: bool = True
+    quantize_out: bool = True
+    bias_calibration: float | None = None
+    freeze_batch_norm: Moment | None = "half-1"
+    freeze_ranges: Moment | None = "half+1"
+    warmup: Moment = 0.3
+    overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        settings = {} if self.preset is None else settings_of(self.preset)
+        if self.bits is not None:
+            settings |= {"weight_bits": self.bits, "act_bits": self.bits}
+        for option, value in (DEFAULTS | settings).items():
+            if getattr(self, option) is None:
+                object.__setattr__(self, option, value)
+        object.__setattr__(self, "preset", None)  # spent, as bits are: two ways to say the same are equal
+        object.__setattr__(self, "bits", None)
+        self._check()
+
+    def _check(self) -> None:
+        for option in ("weight_bits", "act_bits"):
+            _check_bits(option, getattr(self, option))
+        for option in (
+            "per_channel", "range_sync", "ste_weights", "bn_value", "bias", "act_round", "dead_channels", "avgpool",
+        ):  # fmt: skip
+            check_choice(type(self), option, getattr(self, option))
+        for option in (
+            "power2", "symmetric", "batch_ranges", "constrain_weights", "snap_weights_at_start", "quantize_in",
+            "quantize_out",
+        ):  # fmt: skip
+            if not isinstance(getattr(self, option), bool):
+                raise ConfigError(f"Jacinto({option}={getattr(self, option)!r}): expected True or False.")
+        for option in ("warmup", "freeze_batch_norm", "freeze_ranges"):
+            check_moment(f"Jacinto: {option}", getattr(self, option))
+        for option, low, high in (
+            ("range_shrink", 0, 50), ("weight_shrink", 0, 50), ("range_floor", 0, 1), ("bias_calibration", 0, 1),
+        ):  # fmt: skip
+            _check_number(option, getattr(self, option), low, high)
+        for option in ("weight_cap", "act_range"):
+            if getattr(self, option) is not None:
+                _check_number(option, getattr(self, option), 2.0**-16, 2.0**16)
+        if self.range_subsample not in (1, 2, 3, 4):
+            raise ConfigError(f"Jacinto(range_subsample={self.range_subsample!r}): expected 1 (all), 2, 3 or 4.")
+        if self.warmup is None:
+            raise ConfigError("Jacinto(warmup=None): expected a moment, 0 for at once.")
+        if self.bias in _SYMMETRIC_BIAS and not self.symmetric:
+            raise ConfigError(
+                f"Jacinto(bias={self.bias!r}, symmetric=False): the rule is for inputs without a zero point. Take "
+                "bias='int32', or symmetric=True."
+            )
+        for pattern, options in self.overrides.items():
+            for option, value in options.items():
+                if option not in _OVERRIDABLE:
+                    raise ConfigError(
+                        f"Jacinto(overrides={{{pattern!r}: ...}}): no option {option!r}.{nearest(option, _OVERRIDABLE)}"
+                    )
+                if option.endswith("bits"):
+                    _check_bits(f"overrides[{pattern!r}].{option}", value)
+                elif option == "range":
+                    _fixed(value, pattern)
+
+    def replace(self, **options: Any) -> Jacinto:
+        if options.get("preset") is not None:
+            options = {**dict.fromkeys(settings_of(options["preset"])), **options}
+        if options.get("bits") is not None:
+            options = {"weight_bits": None, "act_bits": None, **options}
+        return super().replace(**options)
+
+    @classmethod
+    def reference(cls, **options: Any) -> Jacinto:
+        """As the published code computes."""
+        return cls(**{"preset": "reference", **options})
+
+    # -- the seam ----------------------------------------------------------------------------------------------
+    def quantizer(self, site: Site) -> Quantizer | None:
+        if site.role == "weight":
+            return MergedWeight(site, self._weights(site), self.bias or "int32")
+        if site.role == "bias":
+            bits = self._option(site, "weight_bits")
+            return None if self.bias == "float" else MergedBias(site, self.bias or "int32", bits, bool(self.power2))
+        mean = site.op == "avg_pool" and site.slot == "lowbit_output"
+        wanted = {
+            "input": site.source is None and (self.quantize_in or not site.first),
+            "output": not mean or self.avgpool == "exact",
+            "operand": not mean or self.avgpool == "exact",
+            "result": self.quantize_out or not site.last,
+        }
+        if not wanted.get(site.role, False):
+            return None
+        fixed = self._option(site, "range")
+        limits = site.clips if fixed is None else _fixed(fixed, site.path)
+        signed = self._option(site, "signed")
+        return ClipQuantizer(
+            site,
+            self._activations(site),
+            limits,
+            signed if signed is not None else False if site.signed is False else None,
+        )
+
+    def _weights(self, site: Site) -> WeightFormat:
+        return WeightFormat(
+            self._option(site, "weight_bits"), bool(self.power2),
+            self.per_channel == "all" or (self.per_channel == "depthwise" and site.depthwise),
+            self.weight_shrink, self.weight_cap, bool(self.constrain_weights), bool(self.snap_weights_at_start),
+        )  # fmt: skip
+
+    def _activations(self, site: Site) -> ClipFormat:
+        return ClipFormat(
+            self._option(site, "act_bits"), bool(self.power2), bool(self.symmetric), Rounding(self.act_round),
+            float(self.range_shrink or 0.0), self.range_floor, self.range_subsample, self.range_sync, self.batch_ranges,
+        )  # fmt: skip
+
+    def _option(self, site: Site, option: str) -> Any:
+        for pattern, options in self.overrides.items():
+            if option in options and fnmatch.fnmatchcase(site.path, pattern):
+                return options[option]
+        return self.act_range if option == "range" else getattr(self, option, None)
+
+    def batch_norm(self, site: Site, norm: nn.Module) -> str:
+        return "fold"
+
+    def tied(self, root: nn.Module, flow: Flow, plan: Plan) -> list[list[str]]:
+        """What is joined has one grid; what is added has each its own."""
+        joined = {op.path for op in plan.ops if op.kind is Kind.CAT}
+        return [keys for path, keys in plan.operands.items() if path in joined and len(keys) > 1]
+
+    def connect(self, root: nn.Module, flow: Flow, plan: Plan) -> list[str]:
+        return group_layers(root, flow, plan)
+
+    def merge(self, layer: Any, weight: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        merged, bias = super().merge(layer, weight, mean, var)
+        if self.dead_channels == "merge":
+            return merged, bias
+        dead, beta = dead_channels(var), layer.norm.bias
+        constant = torch.zeros_like(bias) if beta is None else beta
+        rows = per_output(dead.to(weight.dtype), weight, layer.out_axis, layer.groups) > 0
+        return torch.where(rows, 0.0, merged), torch.where(dead, constant, bias)
+
+    def forward(self, layer: Any, x: Tensor) -> Tensor:
+        if not layer.switch.quantizing or not layer.lowbit_weight.ready:
+            return layer.quantized(x)  # type: ignore[no-any-return]  # float, or calibration
+        return merged_layer(layer, x, self.ste_weights, self.bn_value == "batch")
+
+    def compute(self, layer: Any, *operands: Any, **settings: Any) -> Tensor:
+        if self.avgpool == "float" and isinstance(layer, LowBitAvgPool):
+            return layer.function(*operands, **{**layer.settings, **settings})
+        return layer.op(*operands, **settings)  # type: ignore[no-any-return]  # layers have op
+
+    def refine(self, root: nn.Module, run: Callable[[], int], all_reduce: AllReduce) -> None:
+        if self.bias_calibration:
+            calibrate_biases(root, run, self.bias_calibration, all_reduce)
+
+    def update_rule(self, modules: dict[str, nn.Module]) -> UpdateRule:
+        from lightning_lowbit.schemes.jacinto_training import RangeRule
+
+        return RangeRule(self, modules)
+
+    def start(self, pretrained: bool) -> Moment:
+        return 0 if pretrained else self.warmup
+
+    def milestones(self) -> tuple[Milestone, ...]:
+        return (
+            Milestone(self.freeze_batch_norm, "freeze_batch_norm"),
+            Milestone(self.freeze_ranges, "freeze_ranges"),
+            Milestone(self.freeze_ranges, "ranges_frozen"),
+        )
+
+    def activation_bits(self) -> int:
+        given = [options.get(name, 0) for options in self.overrides.values() for name in ("weight_bits", "act_bits")]
+        return int(max([self.weight_bits or 0, self.act_bits or 0, *given]))
+
+
+def _check_bits(option: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 2 <= value <= 16:
+        raise ConfigError(f"Jacinto({option}={value!r}): expected an integer from 2 to 16.")
+
+
+def _check_number(option: str, value: Any, low: float, high: float) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
+        raise ConfigError(f"Jacinto({option}={value!r}): expected a number from {low:g} to {high:g}.")
+
+
+def _fixed(value: Any, where: str) -> tuple[float, float]:
+    """A fixed range as a pair."""
+    pair = (-value, value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+    ends = isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(end, (int, float)) for end in pair)
+    if not ends or not pair[0] < pair[1]:
+        raise ConfigError(f"Jacinto: range={value!r} of {where!r}: expected a limit above 0, or a pair (low, high).")
+    return float(pair[0]), float(pair[1])
