@@ -196,12 +196,26 @@ class _Formula(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, low, high = ctx.saved_tensors
+        if torch.compiler.is_compiling() and x.device.type == "cpu":
+            # A mask would be kept from forward, as bools, which loops on the CPU store slowly.
+            return torch.ops.lightning_lowbit.clip_gradient(g, x, low, high), *[None] * 8
         return _gradient(g, x, low, high), *[None] * 8
 
 
 def _gradient(g: Tensor, x: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
     z = _wide(x)
     return torch.where((z >= low) & (z <= high), g, 0.0).to(x.dtype)
+
+
+def _lean_gradient(g: Tensor, x: Tensor, low: float, high: float) -> Tensor:
+    z = _wide(x.detach())
+    # A NaN is outside, which not every lane of hardtanh_backward notices.
+    if not eager_cpu(z) or not math.isfinite(float(z.sum())) or not math.isfinite(high):
+        return _gradient(g, x, low, high)
+    below = low - ulp(low, z.dtype) if low else -_least(z.dtype)
+    # g where below < z < above: the one vectorized comparison of eager CPU torch
+    dx: Tensor = torch.ops.aten.hardtanh_backward(g, z, below, high + ulp(high, z.dtype))
+    return dx.to(x.dtype)
 
 
 class _Lean(torch.autograd.Function):
@@ -227,15 +241,7 @@ class _Lean(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        low, high = ctx.limits
-        z = _wide(x.detach())
-        # A NaN is outside, which not every lane of hardtanh_backward notices.
-        if not eager_cpu(z) or not math.isfinite(float(z.sum())):
-            return _gradient(g, x, low, high), *[None] * 5
-        below = low - ulp(low, z.dtype) if low else -_least(z.dtype)
-        # g where below < z < above: the one vectorized comparison of eager CPU torch
-        dx: Tensor = torch.ops.aten.hardtanh_backward(g, z, below, high + ulp(high, z.dtype))
-        return dx.to(x.dtype), *[None] * 5
+        return _lean_gradient(g, x, *ctx.limits), *[None] * 5
 
 
 def _ramp(v: Tensor, y: Tensor, scale: float, step: float, codes: tuple[float, float], rounding: Rounding) -> None:
@@ -275,7 +281,7 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.to(torch.float32)
 
 
-_operator = torch.library.custom_op(
+_limits_operator = torch.library.custom_op(
     "lightning_lowbit::clip_limits",
     _limits,
     mutates_args=(),
@@ -283,6 +289,23 @@ _operator = torch.library.custom_op(
 )
 
 
-@_operator.register_fake
-def _shape(clips: Tensor, signed: bool | None, bits: int, power2: bool, symmetric: bool) -> Tensor:
+@_limits_operator.register_fake
+def _limits_shape(clips: Tensor, signed: bool | None, bits: int, power2: bool, symmetric: bool) -> Tensor:
     return clips.new_empty(6)
+
+
+def _clip_gradient(g: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return _lean_gradient(g, x, float(low), float(high))
+
+
+_gradient_operator = torch.library.custom_op(
+    "lightning_lowbit::clip_gradient",
+    _clip_gradient,
+    mutates_args=(),
+    schema="(Tensor g, Tensor x, Tensor low, Tensor high) -> Tensor",
+)
+
+
+@_gradient_operator.register_fake
+def _gradient_shape(g: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return torch.empty_like(x)

@@ -14,8 +14,16 @@ from torch import nn
 
 from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.modules.base import (
-    Milestone, Mode, Moment, Scheme, StepContext, Tally, UpdateRule, mode, switch_of,
-)  # fmt: skip
+    Milestone,
+    Mode,
+    Moment,
+    Scheme,
+    StepContext,
+    Tally,
+    UpdateRule,
+    mode,
+    switch_of,
+)
 from lightning_lowbit.modules.calibrate import reset
 from lightning_lowbit.modules.convert import Pattern, Selection, is_converted, quantizers
 from lightning_lowbit.modules.moments import check_moment
@@ -293,8 +301,7 @@ class Lifecycle(Callback):
         return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     def step_context(self, trainer: Any) -> StepContext:
-        total = None if self.schedule is None else self.schedule.run.total
-        return step_context(self.step(trainer), total)
+        return step_context(self.step(trainer), None if self.schedule is None else self.schedule.run.total)
 
     def _begin(self, trainer: Any, pl_module: Any) -> None:
         """Quantization starts: float metrics, calibration, calibrated metrics."""

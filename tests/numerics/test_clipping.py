@@ -201,6 +201,24 @@ def test_a_compiled_graph_is_not_broken(rounding: Rounding) -> None:
     assert torch.equal(dx, want_dx)
 
 
+def test_a_compiled_graph_keeps_no_mask() -> None:
+    kept: list[torch.dtype] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.dtype)
+        return tensor
+
+    def quantize(x: Tensor) -> Tensor:
+        return clip_quantize(x * 2, GRIDS["unsigned"], Rounding.HALF_UP)
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        torch.compile(quantize, backend="aot_eager_decomp_partition", fullgraph=True)(
+            torch.randn(4, 5, requires_grad=True)
+        )
+    assert kept
+    assert torch.bool not in kept
+
+
 def limits_reference(c0: float, c1: float, signed: bool | None, bits: int, power2: bool) -> HostLimits:
     signed = c0 < 0 if signed is None else signed
     m = max(abs(c0), abs(c1), 2.0**-16) if signed else max(abs(c1), 2.0**-16)
