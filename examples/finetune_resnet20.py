@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import torch
 from cifar import CifarData
@@ -23,16 +22,19 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import Timer
 from resnet import LitResNet
 
-from lightning_lowbit import QuantCallback, Tqt
+from lightning_lowbit import Jacinto, QuantCallback, Scheme, Tqt
 
-ROWS: dict[str, tuple[str, dict[str, Any] | None]] = {
+ROWS: dict[str, tuple[str, Scheme | None]] = {
     "float": ("float", None),
-    "8/8": ("8/8", {}),
-    "4/4": ("4/4 (8 bits: first and last weights, input, pooled features, add operands)", {"bits": 4}),
+    "8/8": ("8/8", Tqt()),
+    "4/4": ("4/4 (8 bits: first and last weights, input, pooled features, add operands)", Tqt(bits=4)),
     "4/4-add4": (
         "4/4, add operands too (8 bits: first and last weights, input, pooled features)",
-        {"bits": 4, "operand_bits": 4},
+        Tqt(bits=4, operand_bits=4),
     ),
+    "jacinto": ("8/8, ranges by statistics (jacinto)", Jacinto()),
+    "jacinto-folded": ("the same, gradient of the merged convolution", Jacinto(ste_weights="folded")),
+    "jacinto-4/8": ("4-bit weights a channel, 8-bit activations (jacinto)", Jacinto(preset="WC4_AT8")),
 }
 
 
@@ -52,7 +54,7 @@ def load_public(model: LitResNet, checkpoint: Path) -> None:
     model.net.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
 
 
-def run(options: dict[str, Any] | None, data: CifarData, args: argparse.Namespace) -> tuple[float, float, float]:
+def run(scheme: Scheme | None, data: CifarData, args: argparse.Namespace) -> tuple[float, float, float]:
     """Train one row with one seed: accuracy before and after in percent, and minutes of training.
 
     Before means the float network as loaded, or the quantized one after calibration.
@@ -61,8 +63,8 @@ def run(options: dict[str, Any] | None, data: CifarData, args: argparse.Namespac
     timer = Timer()
     callbacks: list[Callback] = [timer]
     quant = None
-    if options is not None:
-        quant = QuantCallback(scheme=Tqt(**options), init_from=str(args.checkpoint), calibrate_batches=10)
+    if scheme is not None:
+        quant = QuantCallback(scheme, init_from=str(args.checkpoint), calibrate_batches=10)
         callbacks.append(quant)
     trainer = Trainer(
         max_epochs=args.epochs,
@@ -126,12 +128,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
     data = CifarData(args.root, batch_size=args.batch_size, cache=args.cache)
     results: dict[str, Result] = {}
     for name in args.rows:
-        label, options = ROWS[name]
+        label, scheme = ROWS[name]
         results[name] = Result(label)
         for seed in args.seeds:
             seed_everything(seed, verbose=False)
             data.seed = seed
-            before, after, minutes = run(options, data, args)
+            before, after, minutes = run(scheme, data, args)
             print(f"{name}, seed {seed}: {before:.2f} -> {after:.2f} in {minutes:.1f} min", flush=True)
             results[name].before.append(before)
             results[name].after.append(after)

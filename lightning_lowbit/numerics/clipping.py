@@ -136,7 +136,8 @@ def clip_quantize(x: Tensor, limits: Limits, rounding: Rounding, value: Tensor |
     """Quantized values of one tensor, with the gradient of the clip of another: the step that replaces a ReLU.
 
     y = (clip(round(v * scale) + zero_point, qmin, qmax) - zero_point) * (1 / scale), v = ``value`` or x itself.
-    dL/dx = g where low <= x <= high, else 0 (NaN included); ``value`` gets none. Only x is kept for backward.
+    dL/dx = g where low <= x <= high, else 0 (NaN included); ``value`` gets none. Only x is kept for
+    backward, or on the CPU one byte of it.
 
     Args:
         x: the tensor whose clip is differentiated; float, any shape and memory format.
@@ -212,10 +213,26 @@ def _lean_gradient(g: Tensor, x: Tensor, low: float, high: float) -> Tensor:
     # A NaN is outside, which not every lane of hardtanh_backward notices.
     if not eager_cpu(z) or not math.isfinite(float(z.sum())) or not math.isfinite(high):
         return _gradient(g, x, low, high)
-    below = low - ulp(low, z.dtype) if low else -_least(z.dtype)
-    # g where below < z < above: the one vectorized comparison of eager CPU torch
-    dx: Tensor = torch.ops.aten.hardtanh_backward(g, z, below, high + ulp(high, z.dtype))
+    dx: Tensor = torch.ops.aten.hardtanh_backward(g, z, *_around(low, high, z.dtype))
     return dx.to(x.dtype)
+
+
+def _around(low: float, high: float, dtype: torch.dtype) -> tuple[float, float]:
+    """Strict bounds for low <= z <= high: hardtanh_backward is the one vectorized comparison of eager CPU torch."""
+    return low - ulp(low, dtype) if low else -_least(dtype), high + ulp(high, dtype)
+
+
+def _mask(x: Tensor, low: float, high: float) -> Tensor:
+    """int8 1 where low <= x <= high, in x's memory format: a quarter of what x itself would keep."""
+    mask = torch.empty_like(x, dtype=torch.int8)
+    size, total = _SLICE * torch.get_num_threads(), 0.0
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    one, bounds = torch.ones((), dtype=dtype), _around(low, high, dtype)
+    for x_i, mask_i in zip(slices(x, size), slices(mask, size), strict=True):
+        z = _wide(x_i)
+        mask_i.copy_(torch.ops.aten.hardtanh_backward(one, z, *bounds))
+        total += float(z.sum())  # only to notice a NaN, which is outside
+    return mask if math.isfinite(total) else ((x >= low) & (x <= high)).to(torch.int8)
 
 
 class _Lean(torch.autograd.Function):
@@ -228,8 +245,8 @@ class _Lean(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, v: Tensor, host: HostLimits, step: float, codes: tuple[float, float], rounding: Rounding
     ) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.limits = host.low, host.high
+        ctx.dtype = x.dtype
+        ctx.save_for_backward(_mask(x, host.low, host.high) if ctx.needs_input_grad[0] else None)
         y = torch.empty_like(v, dtype=torch.float64 if v.dtype == torch.float64 else torch.float32)
         ramp = rounding is Rounding.HALF_UP and codes[0] >= 0 and math.frexp(host.scale)[0] == 0.5
         quantize = _ramp if ramp else _codes
@@ -240,8 +257,14 @@ class _Lean(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        return _lean_gradient(g, x, *ctx.limits), *[None] * 5
+        (mask,) = ctx.saved_tensors
+        if torch.is_grad_enabled() or g.stride() != mask.stride() or not eager_cpu(g):
+            return (g * mask.to(g.dtype)).to(ctx.dtype), *[None] * 5
+        dx = torch.empty_like(g)
+        size = _SLICE * torch.get_num_threads()
+        for g_i, mask_i, dx_i in zip(slices(g, size), slices(mask, size), slices(dx, size), strict=True):
+            torch.mul(g_i, mask_i.to(g.dtype), out=dx_i)
+        return dx.to(ctx.dtype), *[None] * 5
 
 
 def _ramp(v: Tensor, y: Tensor, scale: float, step: float, codes: tuple[float, float], rounding: Rounding) -> None:
