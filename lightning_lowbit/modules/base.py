@@ -175,6 +175,9 @@ class UpdateRule(ABC):
     def step(self, owned: set[str], context: StepContext) -> None:
         """Update the low-bit modules at the paths ``owned``: the stepping optimizer holds their weights."""
 
+    def before_batch(self) -> None:  # noqa: B027  # optional
+        """A training batch begins."""
+
     def after_batch(self, context: StepContext) -> None:  # noqa: B027  # optional
         """A training batch has ended, whether or not an optimizer stepped in it."""
 

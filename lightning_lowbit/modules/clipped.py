@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_lowbit.modules.base import Mode, Site
 from lightning_lowbit.modules.quantizer import Quantizer, in_backward
 from lightning_lowbit.numerics.clipping import Limits, clip_quantize, clip_saturated, limits_of
-from lightning_lowbit.numerics.exponent import ceil_log2
+from lightning_lowbit.numerics.exponent import ceil_log2, clamp_exponent
 from lightning_lowbit.numerics.grid import Grid
 from lightning_lowbit.numerics.observers import AllReduce
 from lightning_lowbit.numerics.percentile import BINS, percentile_range, range_histogram, range_of_histogram
@@ -73,6 +73,7 @@ class ClipQuantizer(Quantizer):
         batches: n, counted also while the range stands still.
         skipped: batches with NaN or infinite values since it was last told, not saved.
         frozen: whether the range stands still.
+        calls: how often a forward comes by; the batch's range is that of all calls, and moves behind the last.
         fused: whether the layer before it does its work, together with its own (modules.merging).
     """
 
@@ -94,6 +95,7 @@ class ClipQuantizer(Quantizer):
         self.register_buffer("skipped", torch.zeros(()), persistent=False)
         self.__dict__["watched"] = None
         self.frozen = self.fused = False
+        self.calls, self.passed = 1, 0
 
     # -- the grid -----------------------------------------------------------------------------------------
     def limits(self) -> Limits:
@@ -108,7 +110,7 @@ class ClipQuantizer(Quantizer):
         return limits_of(widest, flag, self.form.bits, self.form.power2, self.form.symmetric)
 
     def exponent(self) -> Tensor:
-        return -ceil_log2(self.limits().scale)
+        return clamp_exponent(-ceil_log2(self.limits().scale))
 
     def grid(self) -> Grid:
         limits = self.limits().to_host()
@@ -137,17 +139,19 @@ class ClipQuantizer(Quantizer):
         return x if self.fused and not closes else self._clip(x, value, seen, rectify)
 
     def quantize(self, x: Tensor, rectify: bool = False) -> Tensor:
-        if rectify and self.flag is not False:
-            x = F.relu(x)
-        return clip_quantize(x, self.limits(), self.form.rounding)
+        return clip_quantize(self._rectified(x, rectify), self.limits(), self.form.rounding)
 
     def _clip(self, x: Tensor, value: Tensor | None, seen: Tensor | None, rectify: bool) -> Tensor:
         limits = self.follow((x if seen is None else seen).detach())
-        if rectify and len(self.group) > 1:  # others in its tie may have negative codes
-            x, value = F.relu(x), None if value is None else F.relu(value)
+        x, value = self._rectified(x, rectify), None if value is None else self._rectified(value, rectify)
         if self.switch.tally is not None:
-            self.switch.tally.count(self, x if value is None else value)
+            shown = x if value is None else value
+            self.switch.tally.count(self, F.relu(shown) if rectify else shown)
         return clip_quantize(x, limits, self.form.rounding, value)
+
+    def _rectified(self, x: Tensor, rectify: bool) -> Tensor:
+        """A lower limit of 0 is the rectifier, unless there are negative codes (a tie may have them)."""
+        return F.relu(x) if rectify and (self.flag is not False or len(self.group) > 1) else x
 
     def saturated(self, x: Tensor) -> Tensor:
         return clip_saturated(x.detach(), self.limits(), self.form.rounding)
@@ -163,10 +167,15 @@ class ClipQuantizer(Quantizer):
         """Take one training batch into the running range; its limits from then on."""
         if not self.training or in_backward():
             return self.limits()
-        self.batches.add_(1)
+        self.passed += 1
+        last = self.passed % self.calls == 0
+        if last:
+            self.batches.add_(1)
         if not self.follows:
             return self.limits()
-        seen = self.range_of(x).to(self.clips.dtype)
+        seen = self._pooled(self.range_of(x).to(self.clips.dtype), last)
+        if seen is None:
+            return self.limits()
         known = torch.isfinite(seen).all()
         seen = torch.where(known, seen, self.clips)
         self.skipped.add_(1 - known.to(self.skipped.dtype))
@@ -175,6 +184,18 @@ class ClipQuantizer(Quantizer):
         if self.form.batch_ranges:
             return limits_of(seen, self.flag, self.form.bits, self.form.power2, self.form.symmetric)
         return self.limits()
+
+    def _pooled(self, ends: Tensor, last: bool) -> Tensor | None:
+        """The range over all calls of one batch, at the last of them; None before."""
+        if self.calls == 1:
+            return ends
+        pending: list[Tensor] = self.__dict__.setdefault("pending", [])
+        pending.append(ends)
+        if not last:
+            return None
+        pooled = torch.stack(pending)
+        pending.clear()
+        return torch.stack([pooled[:, 0].min(), pooled[:, 1].max()])
 
     def range_of(self, x: Tensor) -> Tensor:
         """Lower and upper end of one batch's values, on all processes where ranges come from one histogram."""
@@ -260,7 +281,7 @@ class _Watched:
 
     clips: Tensor
     hist: bool
-    number: float = -1.0
+    number: int = -1
     counts: Tensor | None = None
     reduced: bool = False
 
@@ -278,7 +299,7 @@ class _Watched:
             high = seen[1] if first else torch.maximum(self.clips[1], seen[1])
             self.clips = torch.stack([low, high])
         else:
-            share = max(1 / max(self.number, 1.0), form.floor)
+            share = max(1 / max(self.number, 1), form.floor)
             self.clips = (1 - share) * self.clips + share * seen
 
     def reduce(self, all_reduce: AllReduce, again: bool) -> None:
@@ -288,11 +309,11 @@ class _Watched:
         if self.hist:
             ends = self.clips * self.clips.new_tensor([-1, 1]) if seen else torch.full_like(self.clips, -torch.inf)
             ends = all_reduce(ends, "max") * ends.new_tensor([-1, 1])
-            self.number = float(all_reduce(ends.new_tensor(self.number), "max"))
+            self.number = int(all_reduce(ends.new_tensor(float(self.number)), "max"))
             self.clips = ends if self.number >= 0 else torch.zeros_like(ends)
             self.counts = torch.zeros(BINS, dtype=torch.int64, device=ends.device) if again else None
         else:
             mine = torch.cat([self.clips * seen, self.clips.new_tensor([seen])])
             total = all_reduce(mine, "sum")
-            self.number = float(all_reduce(mine.new_tensor(self.number), "max"))
+            self.number = int(all_reduce(mine.new_tensor(float(self.number)), "max"))
             self.clips = total[:2] / total[2].clamp(min=1)

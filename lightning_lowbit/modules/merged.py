@@ -14,7 +14,7 @@ from lightning_lowbit.modules.base import Site
 from lightning_lowbit.modules.clipped import ClipQuantizer
 from lightning_lowbit.modules.quantizer import Quantizer
 from lightning_lowbit.numerics.clipping import Limits
-from lightning_lowbit.numerics.exponent import ceil_log2
+from lightning_lowbit.numerics.exponent import ceil_log2, clamp_exponent
 from lightning_lowbit.numerics.grid import Grid
 from lightning_lowbit.numerics.merged import constrain_weight, inside, quantize_weight, unmerge, weight_scale
 from lightning_lowbit.numerics.merged_bias import (
@@ -112,7 +112,7 @@ class MergedWeight(Quantizer):
     def mask(self, weight: Tensor, scale: Tensor) -> Tensor | None:
         """Where the merged weight lies inside its range; None where that is everywhere by construction."""
         narrower = self.form.percent > 0 or self.form.cap is not None
-        return inside(weight.detach(), scale, self.form.bits) if narrower else None
+        return inside(weight.detach(), scale, self.form.bits).bool() if narrower else None
 
     def _present_scale(self) -> Tensor:
         weight, bias = self.layer.in_evaluation()
@@ -139,7 +139,7 @@ class MergedWeight(Quantizer):
     @torch.no_grad()
     def _store(self, merged: Tensor, floor: bool) -> None:
         """Write a merged weight back, its batch norm taken out again."""
-        master, factor = self.layer.weight, self.factor()
+        master, factor = getattr(self.layer, "weight_orig", self.layer.weight), self.factor()  # a pruned one's own
         # .data: the backward of the batch in which it happens then multiplies by these values, as published.
         master.data.copy_(
             merged if factor is None else unmerge(merged, factor, self.layer.norm.eps, master, floor=floor)
@@ -158,8 +158,8 @@ class MergedWeight(Quantizer):
             self._store(clipped, floor=False)
 
     def snap(self, value: Tensor) -> None:
-        """Put the float weight on the grid of ``value``, once."""
-        if bool(self.snapped):
+        """Put the float weight on the grid of ``value``, once, in the first training batch."""
+        if not (self.form.snap and self.training) or bool(self.snapped):
             return
         self.snapped.fill_(1.0)
         self._store(value, floor=True)
@@ -244,7 +244,7 @@ class MergedBias(Quantizer):
 
 def _grid(bits: int, codes_per_unit: Tensor, power2: bool, axis: int) -> Grid:
     """Signed codes; one number, or one a channel along ``axis``."""
-    exponents, steps = -ceil_log2(codes_per_unit), codes_per_unit.reciprocal()
+    exponents, steps = clamp_exponent(-ceil_log2(codes_per_unit)), codes_per_unit.reciprocal()
     if codes_per_unit.dim() == 0:
         return Grid(bits, int(exponents)) if power2 else Grid(bits, scale=float(steps))
     if power2:

@@ -8,7 +8,8 @@ y      = quantized(conv(xq, Wq) + bq), by the range that nrm has moved; gradient
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -32,12 +33,14 @@ class Group:
 
     Attributes:
         end: the quantizer of the result; None leaves sums as they are.
-        six: whether a rectifier that ends at 6 stands between.
+        rectify: whether a rectifier stands between.
+        six: whether that ends at 6.
         tap: is shown the sums of the quantized operands.
         norms: batch norms of the network that no layer has merged.
     """
 
     end: ClipQuantizer | None = None
+    rectify: bool = False
     six: bool = False
     tap: Callable[[Tensor], None] | None = None
     norms: list[nn.Module] = field(default_factory=list)
@@ -49,7 +52,7 @@ class Group:
         if self.six:
             nrm = nrm.clamp(max=6.0)
             sums, seen = (None if t is None else t.clamp(max=6.0) for t in (sums, seen))
-        result: Tensor = self.end(nrm, value=sums, seen=seen, closes=True)
+        result: Tensor = self.end(nrm, self.rectify, value=sums, seen=seen, closes=True)
         return result
 
 
@@ -68,23 +71,30 @@ def merged_layer(layer: Any, x: Tensor, backward: Backward, batch_value: bool = 
     x = on(layer.lowbit_input, x)
     layer.renew_norm()
     if _live(layer) and batch_value:
-        return group.close(_float_path(layer, x, _apart(layer)))
+        with _exact(x):
+            return group.close(_float_path(layer, x.to(layer.weight.dtype), _apart(layer)))
     traced = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in _parameters(layer)))
     watching = group.end is not None and group.end.follows
     if not (traced or watching or _live(layer)):
-        sums = _sums(layer, x)
-        return group.close(sums)
+        return group.close(_sums(layer, x))
     if backward == "float":
         nrm = _float_path(layer, x, layer.weight)
         return group.close(nrm, _sums(layer, x))
     seen = None
-    if _live(layer):
+    if _live(layer) or watching:
         with torch.no_grad():
             seen = _float_path(layer, x.detach(), layer.weight)
     if backward == "folded":
-        return group.close(layer.op(x, *_quantized(layer)), None, seen)
+        with _exact(x):
+            weight, bias = _quantized(layer)
+            return group.close(layer.op(x.to(weight.dtype), weight, bias), None, seen)
     sums = _sums(layer, x)
     return group.close(_float_path(layer, x, _apart(layer), moves=False), sums, seen)
+
+
+def _exact(x: Tensor) -> Any:
+    """Autocast off: sums of products of codes need all the bits of float32."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _live(layer: Any) -> bool:
@@ -103,11 +113,23 @@ def _float_path(layer: Any, x: Tensor, weight: Tensor, moves: bool = True) -> Te
     c, norm = layer.op(x, weight, layer.bias), layer.norm
     if norm is None:
         return c  # type: ignore[no-any-return]
-    if _live(layer):
-        if moves and not in_backward():  # a checkpointed block runs again in the backward pass
-            return norm.op(c)  # type: ignore[no-any-return]  # its own forward: a synchronized one stays so
-        return F.batch_norm(c, None, None, norm.weight, norm.bias, True, 0.0, norm.eps)
+    if _live(layer):  # its own forward: a synchronized one stays so
+        if moves and not in_backward():
+            return norm.op(c)  # type: ignore[no-any-return]
+        with _spare_statistics(norm):  # a checkpointed block, which runs again in the backward pass, counts once
+            return norm.op(c)  # type: ignore[no-any-return]
     return F.batch_norm(c, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+
+
+@contextmanager
+def _spare_statistics(norm: nn.Module) -> Iterator[None]:
+    """A norm moves copies of its statistics meanwhile; its own keep even their version."""
+    kept = norm._buffers
+    norm._buffers = {name: None if b is None else b.clone() for name, b in kept.items()}
+    try:
+        yield
+    finally:
+        norm._buffers = kept
 
 
 def _quantized(layer: Any) -> tuple[Tensor, Tensor | None]:
@@ -116,6 +138,7 @@ def _quantized(layer: Any) -> tuple[Tensor, Tensor | None]:
     with torch.no_grad():
         scale = layer.lowbit_weight.scale(weight, bias)
     weight = layer.lowbit_weight(weight, scale=scale)
+    layer.lowbit_weight.snap(weight.detach())
     if bias is not None and layer.lowbit_bias is not None:
         bias = layer.lowbit_bias(bias, scale=scale)
     return weight, bias
@@ -125,9 +148,7 @@ def _quantized(layer: Any) -> tuple[Tensor, Tensor | None]:
 def _sums(layer: Any, x: Tensor) -> Tensor:
     """conv(x, Wq) + bq, in float32 whatever autocast says: products of codes need all its bits."""
     weight, bias = _quantized(layer)
-    if layer.training and layer.lowbit_weight.form.snap:
-        layer.lowbit_weight.snap(weight)
-    with torch.autocast(x.device.type, enabled=False):
+    with _exact(x):
         sums: Tensor = layer.op(x.detach().to(weight.dtype), weight, bias)
     tap = layer.group.tap
     if tap is not None:
@@ -142,6 +163,7 @@ def _apart(layer: Any) -> Tensor:
         weight, bias = layer.by_moving_statistics(master)
         scale = quantizer.scale(weight, bias)
         value, factor = quantizer(weight, scale=scale), quantizer.factor()
+        quantizer.snap(value)
         if factor is not None:
             value = unmerge(value, factor, layer.norm.eps, master.detach(), floor=False)
         mask = quantizer.mask(weight, scale)

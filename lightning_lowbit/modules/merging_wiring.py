@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -47,18 +48,33 @@ def group_layers(root: nn.Module, flow: Flow, plan: Plan) -> list[str]:
         own = calls.get(planned.path, [])
         if len(own) == 1:
             _close(root, flow, own[0], planned.batch_norm, places, group)
+        else:
+            _fuse(group, _own_quantizer(root, planned.batch_norm or planned.path))
         if layer.input_grid is None:
             floats.append(planned.path)
             if isinstance(layer.lowbit_bias, MergedBias) and layer.lowbit_bias.rule == "int32":
                 layer.lowbit_bias = None  # there is no grid of products
+    notes = _count_calls(root, flow, places)
     merged = {planned.batch_norm for planned in plan.layers}
     norms = [m for path, m in root.named_modules() if isinstance(m, _BatchNorm) and path not in merged]
     if plan.layers:
         root.get_submodule(plan.layers[0].path).__dict__["group"].norms = norms
-    if not floats:
-        return []
-    more = f" and {len(floats) - _NAMED} more" if len(floats) > _NAMED else ""
-    return [f"no quantizer on what {', '.join(floats[:_NAMED])}{more} read{'s' * (len(floats) == 1)}"]
+    if floats:
+        more = f" and {len(floats) - _NAMED} more" if len(floats) > _NAMED else ""
+        notes.append(f"no quantizer on what {', '.join(floats[:_NAMED])}{more} read{'s' * (len(floats) == 1)}")
+    return notes
+
+
+def _count_calls(root: nn.Module, flow: Flow, places: dict[tuple[str, CallKey], str]) -> list[str]:
+    """Tell quantizers that stand in a part of the network that runs several times how often."""
+    times = Counter(places.get((call.owner, call.key), call.path) for call in flow.calls)
+    shared = {path: n for path, n in times.items() if path is not None and n > 1}
+    for path, n in shared.items():
+        for quantizer in root.get_submodule(path).children():
+            if isinstance(quantizer, ClipQuantizer):
+                quantizer.calls = n
+    layers = [path for path in shared if isinstance(root.get_submodule(path), LowBitLayer)]
+    return [f"{path} runs {shared[path]} times in a forward: its calls share one range" for path in layers]
 
 
 def _close(
@@ -76,12 +92,16 @@ def _close(
     if reader is not None and reader.kind is Kind.RELU:
         rectifier = root.get_submodule(places[reader.owner, reader.key])
         assert isinstance(rectifier, LowBitReLU)
-        _fuse(group, rectifier.lowbit_output, rectifier.six)
+        _fuse(group, rectifier.lowbit_output, True, rectifier.six)
         return
-    last = norm if norm is not None else call.path
-    _fuse(group, getattr(root.get_submodule(last or ""), "lowbit_output", None))
+    _fuse(group, _own_quantizer(root, norm or call.path or ""))
 
 
-def _fuse(group: Group, quantizer: nn.Module | None, six: bool = False) -> None:
+def _own_quantizer(root: nn.Module, path: str) -> nn.Module | None:
+    found: nn.Module | None = getattr(root.get_submodule(path), "lowbit_output", None)
+    return found
+
+
+def _fuse(group: Group, quantizer: nn.Module | None, rectify: bool = False, six: bool = False) -> None:
     if isinstance(quantizer, ClipQuantizer):
-        group.end, group.six, quantizer.fused = quantizer, six, True
+        group.end, group.rectify, group.six, quantizer.fused = quantizer, rectify, six, True

@@ -12,7 +12,7 @@ Moment = int | float | str
 """float in (0, 1) = fraction, int = epoch, "500 steps" = step, "half-1" = an epoch before half of them, 0 = at once."""
 
 HALF = re.compile(r"half([+-]\d+)?")
-"""So many epochs before or behind half of a run's, rounded down; never where the run is too short for it."""
+"""So many epochs before or behind half of a run's, rounded down: at once or never where the run is too short for it."""
 
 
 def check_moment(name: str, moment: Moment | None) -> None:

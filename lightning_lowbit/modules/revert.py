@@ -17,7 +17,7 @@ __all__ = ["revert"]
 
 _FLOAT = {low: plain for plain, low in (*LAYERS.items(), *NORMS.items())}
 _STATE = (
-    "norm", "input_grid", "path", "scheme", "switch", "pattern", "norm_frozen", "requested",
+    "group", "norm", "input_grid", "path", "scheme", "switch", "pattern", "norm_frozen", "requested",
     "ungraded", "gathered", "island", "since",
 )  # fmt: skip
 

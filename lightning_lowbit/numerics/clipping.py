@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_lowbit.numerics.exponent import ceil2
 from lightning_lowbit.numerics.rounding import Rounding, round_to
 from lightning_lowbit.numerics.ste import eager_cpu, slices, ulp
 
@@ -99,10 +100,10 @@ def limits_of(clips: Tensor, signed: bool | None, bits: int, power2: bool = True
 def _limits(clips: Tensor, signed: bool | None, bits: int, power2: bool, symmetric: bool) -> Tensor:
     c0, c1 = clips.unbind()
     half, last = 2.0 ** (bits - 1), 2.0**bits - 1
-    ceil2 = _ceil2 if power2 else _finite
+    raised = ceil2 if power2 else _finite
     if not symmetric:
         low = torch.zeros_like(c0) if signed is False else c0.clamp(max=0.0)
-        scale = ceil2((c1.clamp(min=_FLOOR) - low) / last).reciprocal()
+        scale = raised((c1.clamp(min=_FLOOR) - low) / last).reciprocal()
         z = (0.0 - low * scale).round().clamp(0, last)
         step = scale.reciprocal()  # as the codes are scaled back
         return torch.stack([0.0 - z * step, (last - z) * step, scale, 0 * z, 0 * z + last, z])
@@ -112,20 +113,9 @@ def _limits(clips: Tensor, signed: bool | None, bits: int, power2: bool, symmetr
     else:
         negative = torch.full_like(c0, signed)
         reach = clips.abs().amax() if signed else c1.abs()
-    a = ceil2(reach.clamp(min=_FLOOR))
+    a = raised(reach.clamp(min=_FLOOR))
     qmin = 0.0 - half * negative  # nowhere -0
     return torch.stack([0.0 - a * negative, a, (last + 1 + qmin) / a, qmin, qmin + last, 0 * negative])
-
-
-def _ceil2(v: Tensor) -> Tensor:
-    """2^ceil(log2 v) of normal numbers, on their bits: exact; at most 2^127.
-
-    >>> _ceil2(torch.tensor([4.0, 4.0000005, 7.9, 3e38, float("inf"), float("nan")])).log2().tolist()
-    [2.0, 3.0, 3.0, 127.0, nan, nan]
-    """
-    word, mantissa = (torch.int64, 52) if v.dtype == torch.float64 else (torch.int32, 23)
-    bits = v.clamp(max=2.0**127).view(word) + ((1 << mantissa) - 1)
-    return (bits >> mantissa << mantissa).view(v.dtype) + 0 * v
 
 
 def _finite(v: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ __all__ = [
     "EXPONENT_MAX",
     "EXPONENT_MIN",
     "LOG2_T_MIN",
+    "ceil2",
     "ceil_log2",
     "clamp_exponent",
     "log2_threshold",
@@ -101,6 +102,19 @@ def ceil_log2(t: Tensor) -> Tensor:
     k = exponent - (mantissa == 0.5).to(exponent.dtype)
     k = torch.where(t > 0, k, torch.full_like(k, EXPONENT_MIN))
     return torch.where(torch.isfinite(t), k, torch.full_like(k, 128)).to(torch.int32)
+
+
+def ceil2(v: Tensor) -> Tensor:
+    """2^ceil(log2 v) of positive normal numbers, at most 2^127: exact, from their bits; v's dtype and shape.
+
+    A fifth of the operations of an exponent and back. inf and NaN give NaN.
+
+    >>> ceil2(torch.tensor([4.0, 4.0000005, 7.9, 3e38, float("inf"), float("nan")])).log2().tolist()
+    [2.0, 3.0, 3.0, 127.0, nan, nan]
+    """
+    word, mantissa = (torch.int64, 52) if v.dtype == torch.float64 else (torch.int32, 23)
+    bits = v.clamp(max=2.0**127).view(word) + ((1 << mantissa) - 1)  # any bit of the mantissa carries
+    return (bits >> mantissa << mantissa).view(v.dtype) + 0 * v
 
 
 def log2_threshold(t: Tensor) -> Tensor:

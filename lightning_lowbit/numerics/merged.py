@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_lowbit.numerics.exponent import ceil2
 from lightning_lowbit.numerics.percentile import percentile_range
 
 __all__ = ["TINY", "constrain_weight", "covered_range", "inside", "quantize_weight", "unmerge", "weight_scale"]
@@ -25,8 +26,7 @@ _SLICE = 1 << 17  # elements: a slice and its scratch share the L2 cache, calls 
 def covered_range(largest: Tensor, power2: bool = True) -> Tensor:
     """A = max(largest, 2^-16), raised to a power of two (ceil2) where asked: what the codes of a grid cover.
 
-    Exact on every device, from the bits of the number: a tenth of the operations of an exponent and back.
-    Beyond 2^127 and for inf and NaN no range remains: inf or NaN, and every weight becomes NaN.
+    Of inf and NaN no range remains: NaN, and so becomes every weight.
 
     Args:
         largest: magnitudes >= 0 of any shape, float32 or float64.
@@ -37,13 +37,7 @@ def covered_range(largest: Tensor, power2: bool = True) -> Tensor:
     [1.52587890625e-05, 3.0]
     """
     a = largest.clamp(min=TINY)
-    if not power2:
-        return a
-    mantissa_bits, word = (52, torch.int64) if a.dtype == torch.float64 else (23, torch.int32)
-    mantissa = (1 << mantissa_bits) - 1
-    # Any bit of the mantissa carries into the exponent; a is at least 2^-16, hence never subnormal.
-    raised = ((a.view(word) + mantissa) & ~mantissa).view(a.dtype)
-    return raised + 0 * a  # the carry of a NaN ends in the sign
+    return ceil2(a) if power2 else a
 
 
 def weight_scale(

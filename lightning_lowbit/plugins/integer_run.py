@@ -21,8 +21,10 @@ __all__ = ["begin_batch", "end_run", "log_rule", "renew_codes", "run_notes", "se
 _NOT_FINITE = 128  # the range of a tensor that holds NaN or inf
 
 
-def begin_batch(trainer: Any, model: nn.Module, batch_idx: int) -> None:
+def begin_batch(trainer: Any, model: nn.Module, rule: UpdateRule | None, batch_idx: int) -> None:
     """Before a training batch: its number, and this process's place among the others."""
+    if rule is not None:
+        rule.before_batch()
     run = switch_of(model).run
     run.reduce_max, run.reduce_sum, run.rank, run.world = reduce_max, reduce_sum, process_rank(), world_size()
     run.batch = trainer.fit_loop.epoch_loop.total_batch_idx

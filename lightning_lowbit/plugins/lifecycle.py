@@ -264,7 +264,7 @@ class Lifecycle(Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._tick(trainer, pl_module)
-        begin_batch(trainer, pl_module, batch_idx)
+        begin_batch(trainer, pl_module, self.rule, batch_idx)
         log_rule(trainer, self.rule, "step")
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -69,7 +69,8 @@ class Schedule:
                     "callback out (Freeze, FoldBatchNorm), or take a scheme that has it."
                 )
         begin = resolve(start, run)
-        steps = {m.what: resolve(m.when, run, begin) for m in milestones if m.when is not None}
+        # What a scheme schedules before quantization begins happens then.
+        steps = {m.what: max(begin, resolve(m.when, run, begin)) for m in milestones if m.when is not None}
         steps.update({m.what: resolve(m.when, run) for m in replaced if m.when is not None})
         for m in replaced:
             if m.when is None:

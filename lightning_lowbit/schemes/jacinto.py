@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lowbit.errors import ConfigError, nearest
+from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.graph.fold import per_output
 from lightning_lowbit.graph.ops import Kind
 from lightning_lowbit.modules.base import Milestone, Moment, Scheme, Site, UpdateRule
@@ -23,7 +24,7 @@ from lightning_lowbit.modules.moments import check_moment
 from lightning_lowbit.modules.quantizer import Quantizer
 from lightning_lowbit.numerics.rounding import Rounding
 from lightning_lowbit.schemes.jacinto_presets import DEFAULTS, settings_of
-from lightning_lowbit.schemes.options import check_choice
+from lightning_lowbit.schemes.options import check_choice, each_override, require_matches
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -76,10 +77,11 @@ class Jacinto(Scheme):
         avgpool: "exact" division, quantized, or a "float" mean (published).
         quantize_in, quantize_out: whether the network's input and its results are quantized.
         bias_calibration: rate at which biases take up the shift of means behind calibration; 0 leaves them.
-        freeze_batch_norm: when batch norms stop following the batches; None never.
-        freeze_ranges: when ranges do.
+        freeze_batch_norm: when batch norms stop following the batches (0.75; in "reference" "half-1"); None never.
+        freeze_ranges: when ranges do (0.8; in "reference" "half+1").
         warmup: when quantizers start in training from scratch.
-        overrides: options per module-path pattern: weight_bits, act_bits, signed, range (a limit or a pair).
+        overrides: options per module-path pattern: weight_bits, act_bits, signed (None: as the range is) and range (a
+            limit or a pair).
     """
 
     name: ClassVar[str] = "jacinto"
@@ -111,8 +113,8 @@ class Jacinto(Scheme):
     quantize_in: bool = True
     quantize_out: bool = True
     bias_calibration: float | None = None
-    freeze_batch_norm: Moment | None = "half-1"
-    freeze_ranges: Moment | None = "half+1"
+    freeze_batch_norm: Moment | None = "auto"
+    freeze_ranges: Moment | None = "auto"
     warmup: Moment = 0.3
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -121,7 +123,7 @@ class Jacinto(Scheme):
         if self.bits is not None:
             settings |= {"weight_bits": self.bits, "act_bits": self.bits}
         for option, value in (DEFAULTS | settings).items():
-            if getattr(self, option) is None:
+            if getattr(self, option) == _unset(option):
                 object.__setattr__(self, option, value)
         object.__setattr__(self, "preset", None)  # spent, as bits are: two ways to say the same are equal
         object.__setattr__(self, "bits", None)
@@ -158,20 +160,17 @@ class Jacinto(Scheme):
                 f"Jacinto(bias={self.bias!r}, symmetric=False): the rule is for inputs without a zero point. Take "
                 "bias='int32', or symmetric=True."
             )
-        for pattern, options in self.overrides.items():
-            for option, value in options.items():
-                if option not in _OVERRIDABLE:
-                    raise ConfigError(
-                        f"Jacinto(overrides={{{pattern!r}: ...}}): no option {option!r}.{nearest(option, _OVERRIDABLE)}"
-                    )
-                if option.endswith("bits"):
-                    _check_bits(f"overrides[{pattern!r}].{option}", value)
-                elif option == "range":
-                    _fixed(value, pattern)
+        for pattern, option, value in each_override(type(self), self.overrides, _OVERRIDABLE):
+            if option.endswith("bits"):
+                _check_bits(f"overrides[{pattern!r}].{option}", value)
+            elif option == "range":
+                _fixed(value, pattern)
+            elif value not in (True, False, None):
+                raise ConfigError(f"Jacinto(overrides[{pattern!r}].signed={value!r}): expected True, False or None.")
 
     def replace(self, **options: Any) -> Jacinto:
-        if options.get("preset") is not None:
-            options = {**dict.fromkeys(settings_of(options["preset"])), **options}
+        if options.get("preset") is not None:  # says all anew that presets say
+            options = {**{option: _unset(option) for option in (*DEFAULTS, "weight_cap", "act_range")}, **options}
         if options.get("bits") is not None:
             options = {"weight_bits": None, "act_bits": None, **options}
         return super().replace(**options)
@@ -193,19 +192,15 @@ class Jacinto(Scheme):
             "input": site.source is None and (self.quantize_in or not site.first),
             "output": not mean or self.avgpool == "exact",
             "operand": not mean or self.avgpool == "exact",
-            "result": self.quantize_out or not site.last,
+            "result": True,
         }
-        if not wanted.get(site.role, False):
+        left = not site.read and site.last and not self.quantize_out
+        if left or not wanted.get(site.role, False):
             return None
-        fixed = self._option(site, "range")
+        fixed = self._option(site, "range", self.act_range)
         limits = site.clips if fixed is None else _fixed(fixed, site.path)
-        signed = self._option(site, "signed")
-        return ClipQuantizer(
-            site,
-            self._activations(site),
-            limits,
-            signed if signed is not None else False if site.signed is False else None,
-        )
+        signed = self._option(site, "signed", False if site.signed is False else None)
+        return ClipQuantizer(site, self._activations(site), limits, signed)
 
     def _weights(self, site: Site) -> WeightFormat:
         return WeightFormat(
@@ -220,11 +215,11 @@ class Jacinto(Scheme):
             float(self.range_shrink or 0.0), self.range_floor, self.range_subsample, self.range_sync, self.batch_ranges,
         )  # fmt: skip
 
-    def _option(self, site: Site, option: str) -> Any:
+    def _option(self, site: Site, option: str, otherwise: Any = None) -> Any:
         for pattern, options in self.overrides.items():
             if option in options and fnmatch.fnmatchcase(site.path, pattern):
                 return options[option]
-        return self.act_range if option == "range" else getattr(self, option, None)
+        return getattr(self, option, otherwise)
 
     def batch_norm(self, site: Site, norm: nn.Module) -> str:
         return "fold"
@@ -235,6 +230,7 @@ class Jacinto(Scheme):
         return [keys for path, keys in plan.operands.items() if path in joined and len(keys) > 1]
 
     def connect(self, root: nn.Module, flow: Flow, plan: Plan) -> list[str]:
+        require_matches(type(self), self.overrides, plan)
         return group_layers(root, flow, plan)
 
     def merge(self, layer: Any, weight: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
@@ -280,20 +276,29 @@ class Jacinto(Scheme):
         return int(max([self.weight_bits or 0, self.act_bits or 0, *given]))
 
 
+def _unset(option: str) -> str | None:
+    """What stands for not given; None says never for a moment."""
+    return "auto" if option.startswith("freeze_") else None
+
+
 def _check_bits(option: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not 2 <= value <= 16:
         raise ConfigError(f"Jacinto({option}={value!r}): expected an integer from 2 to 16.")
 
 
 def _check_number(option: str, value: Any, low: float, high: float) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
+    if not _is_finite(value) or not low <= value <= high:
         raise ConfigError(f"Jacinto({option}={value!r}): expected a number from {low:g} to {high:g}.")
 
 
 def _fixed(value: Any, where: str) -> tuple[float, float]:
     """A fixed range as a pair."""
-    pair = (-value, value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
-    ends = isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(end, (int, float)) for end in pair)
+    pair = (-value, value) if _is_finite(value) else value
+    ends = isinstance(pair, (list, tuple)) and len(pair) == 2 and all(map(_is_finite, pair))
     if not ends or not pair[0] < pair[1]:
         raise ConfigError(f"Jacinto: range={value!r} of {where!r}: expected a limit above 0, or a pair (low, high).")
     return float(pair[0]), float(pair[1])
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -12,7 +12,7 @@ __all__ = ["DEFAULTS", "PRESETS", "settings_of"]
 DEFAULTS: dict[str, Any] = {
     "weight_bits": 8, "act_bits": 8, "power2": True, "symmetric": True, "per_channel": "none", "range_shrink": 0.01,
     "constrain_weights": True, "snap_weights_at_start": False, "bias": "int32", "bias_calibration": 0.0,
-    "avgpool": "exact", "dead_channels": "constant",
+    "avgpool": "exact", "dead_channels": "constant", "freeze_batch_norm": 0.75, "freeze_ranges": 0.8,
 }  # fmt: skip
 """What a preset may set and leaves alone where it is not named."""
 
@@ -20,6 +20,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "recommended": {},
     "reference": {
         "bias": "tidl", "snap_weights_at_start": True, "avgpool": "float", "dead_channels": "merge",
+        "freeze_batch_norm": "half-1", "freeze_ranges": "half+1",
     },
     "simple": {"range_shrink": 0.0, "constrain_weights": False},
     "advanced": {"bias_calibration": 0.05},

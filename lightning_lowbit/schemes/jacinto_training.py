@@ -35,9 +35,11 @@ class RangeRule(UpdateRule):
     def step(self, owned: set[str], context: StepContext) -> None:
         """Nothing is updated outside the user's optimizer."""
 
-    def after_batch(self, context: StepContext) -> None:
+    def before_batch(self) -> None:
         for norm in self.held:  # the user's code may have called train()
             norm.training = False
+
+    def after_batch(self, context: StepContext) -> None:
         if context.world == 1 or self.scheme.range_sync != "mean" or not self.ranges:
             return
         clips = context.reduce_mean(torch.stack([quantizer.clips for quantizer in self.ranges]))

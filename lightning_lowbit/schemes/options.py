@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+import fnmatch
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from lightning_lowbit.errors import ConfigError, nearest
 
-__all__ = ["check_choice"]
+if TYPE_CHECKING:
+    from lightning_lowbit.graph.plan import Plan
+
+__all__ = ["check_choice", "each_override", "require_matches"]
 
 
 def check_choice(cls: type[Any], option: str, value: Any) -> None:
@@ -18,3 +23,30 @@ def check_choice(cls: type[Any], option: str, value: Any) -> None:
         raise ConfigError(
             f"{cls.__name__}({option}={value!r}): not one of {choices}.{nearest(str(value), map(str, allowed))}"
         )
+
+
+def each_override(cls: type[Any], overrides: Any, known: Sequence[str]) -> Iterator[tuple[str, str, Any]]:
+    """Pattern, option and value of ``overrides`` one by one; ConfigError where it is no {pattern: {option: value}}."""
+    if not isinstance(overrides, Mapping) or not all(isinstance(options, Mapping) for options in overrides.values()):
+        raise ConfigError(
+            f"{cls.__name__}(overrides={overrides!r}): expected options by module-path pattern, such as "
+            f"{{'layer3.*': {{{known[0]!r}: 8}}}}."
+        )
+    for pattern, options in overrides.items():
+        for option, value in options.items():
+            if option not in known:
+                raise ConfigError(
+                    f"{cls.__name__}(overrides={{{pattern!r}: ...}}): no option {option!r}.{nearest(option, known)}"
+                )
+            yield pattern, option, value
+
+
+def require_matches(cls: type[Any], overrides: Mapping[str, Any], plan: Plan) -> None:
+    """ConfigError for a pattern that no converted layer or tensor answers to."""
+    paths = {site.path for site in (*plan.sites, *plan.results)} | {layer.path for layer in plan.layers}
+    for pattern in overrides:
+        if not any(fnmatch.fnmatchcase(path, pattern) for path in paths):
+            raise ConfigError(
+                f"{cls.__name__}(overrides={{{pattern!r}: ...}}): nothing that is converted has such a path."
+                f"{nearest(pattern, paths)}"
+            )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import nn
 
-from lightning_lowbit.errors import ConfigError, nearest
+from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.modules.base import Milestone, Moment, Scheme, Site, UpdateRule
 from lightning_lowbit.modules.moments import check_moment
 from lightning_lowbit.modules.quantizer import Quantizer
@@ -19,7 +19,11 @@ from lightning_lowbit.modules.thresholds import (
     ThresholdQuantizer,
 )
 from lightning_lowbit.numerics.rounding import Rounding
-from lightning_lowbit.schemes.options import check_choice
+from lightning_lowbit.schemes.options import check_choice, each_override, require_matches
+
+if TYPE_CHECKING:
+    from lightning_lowbit.graph.network import Flow
+    from lightning_lowbit.graph.plan import Plan
 
 __all__ = ["Tqt"]
 
@@ -106,13 +110,8 @@ class Tqt(Scheme):
                 _check_bits(option, value)
         for option in ("warmup", "freeze_batch_norm", "freeze_thresholds", "freeze_thresholds_end"):
             check_moment(f"Tqt: {option}", getattr(self, option))
-        for pattern, options in self.overrides.items():
-            for option, value in options.items():
-                if option not in _OVERRIDABLE:
-                    raise ConfigError(
-                        f"Tqt(overrides={{{pattern!r}: ...}}): no option {option!r}.{nearest(option, _OVERRIDABLE)}"
-                    )
-                _check_bits(f"overrides[{pattern!r}].{option}", value)
+        for pattern, option, value in each_override(type(self), self.overrides, _OVERRIDABLE):
+            _check_bits(f"overrides[{pattern!r}].{option}", value)
         for option in (
             "mode",
             "weight_init",
@@ -172,6 +171,10 @@ class Tqt(Scheme):
                 return None  # it arrives on a grid that is coarse enough
             return ThresholdQuantizer(site, bits, self.act_init, self.percentile, rounding, train)
         return None  # errors and weight gradients are float, straight through the rounding
+
+    def connect(self, root: nn.Module, flow: Flow, plan: Plan) -> list[str]:
+        require_matches(type(self), self.overrides, plan)
+        return []
 
     def batch_norm(self, site: Site, norm: nn.Module) -> str:
         return "fold"

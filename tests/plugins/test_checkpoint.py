@@ -117,7 +117,7 @@ def test_load_from_checkpoint_needs_no_callback(tmp_path: Path, namespace: str, 
 
 def test_everything_in_the_file_loads_with_weights_only(tmp_path: Path) -> None:
     net = seeded_net()
-    scheme = Tqt(bits=4, overrides={"body.fc": {"weight_bits": 8}})
+    scheme = Tqt(bits=4, overrides={"body.conv2": {"weight_bits": 8}})
     trainer(tmp_path, QuantCallback(scheme, start=0, skip=[nn.Linear]), saver(tmp_path)).fit(net, loader(), loader())
     file = torch.load(tmp_path / "best.ckpt", weights_only=True)
     assert file[KEY]["scheme"] == "tqt"
