@@ -159,7 +159,7 @@ def test_printed_config_reads_back_as_itself(
     assert print_config(capsys, "--config", str(file)) == first
 
 
-@pytest.mark.parametrize("name", ["Tqt", "tqt", "f8net"])
+@pytest.mark.parametrize("name", ["Tqt", "tqt", "f8net", "jacinto"])
 def test_help_of_a_scheme_lists_its_fields(capsys: pytest.CaptureFixture[str], name: str) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main(["fit", "--quant.scheme.help", name])
@@ -242,7 +242,7 @@ def test_a_bare_name_takes_the_options_of_the_checkpoint(
 
 # Each run has a version folder of its own, so the checkpoint lies in another than the one in use.
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning:lightning.pytorch.callbacks")
-@pytest.mark.parametrize("name", ["digits_tqt", "digits_float", "f8net_digits"])
+@pytest.mark.parametrize("name", ["digits_tqt", "digits_float", "f8net_digits", "jacinto_digits"])
 def test_an_example_config_trains_and_its_checkpoint_validates(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

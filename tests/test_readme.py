@@ -1,7 +1,8 @@
-"""The README's code runs as it stands, on a generated checkpoint and with the epochs cut down; so does F8Net's page."""
+"""The README's code runs as it stands, on a generated checkpoint and with the epochs cut down; so do schemes' pages."""
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import re
@@ -14,14 +15,16 @@ import torch
 import yaml
 from torch import nn
 
-from lightning_lowbit import F8Net, convert, summarize
+from lightning_lowbit import F8Net, Jacinto, convert, summarize
 from lightning_lowbit.cli import main
 from lightning_lowbit.demos import DigitsCnn, DigitsData
 from lightning_lowbit.reports.certificate import read_certificate
+from lightning_lowbit.schemes.jacinto_presets import PRESETS, settings_of
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 FIXED_POINT = (ROOT / "docs" / "f8net.md").read_text()
+RANGES = (ROOT / "docs" / "jacinto.md").read_text()
 
 
 class WithAuxHead(DigitsCnn):
@@ -59,7 +62,7 @@ def in_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_python_blocks_run_in_order(in_scratch: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    first, second, third, fourth, fifth = blocks("python")
+    first, second, third, fourth, fifth, sixth = blocks("python")
     namespace: dict[str, Any] = {}
     exec(first, namespace)
     assert namespace["quant"].metrics["trained"]
@@ -79,6 +82,10 @@ def test_python_blocks_run_in_order(in_scratch: Path, capsys: pytest.CaptureFixt
     assert torch.equal(namespace["packed"](x), namespace["model"].eval()(x))
     exec(fifth, namespace)
     assert "torch.int8 torch.int32" in capsys.readouterr().out
+    torch.save(DigitsCnn().state_dict(), "float.pt")
+    exec(sixth, namespace)
+    assert namespace["calibrated"].scheme.bias_calibration > 0
+    assert summarize(namespace["model"])["conv2"].grid is not None
 
 
 def test_the_blocks_of_the_fixed_point_page_run_in_order(in_scratch: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,6 +104,25 @@ def test_the_blocks_of_the_fixed_point_page_run_in_order(in_scratch: Path, capsy
     assert namespace["codes"].dtype == torch.uint8
 
 
+def test_the_blocks_of_the_page_of_ranges_run_in_order(in_scratch: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipes, scratch, freezing, loop = blocks("python", RANGES)
+    namespace: dict[str, Any] = {}
+    exec(recipes, namespace)
+    assert "scheme jacinto" in capsys.readouterr().out
+    trained, x = namespace["again"].eval(), torch.rand(4, 1, 8, 8)
+    assert not torch.equal(trained.conv2.weight, torch.load("float.pt")["conv2.weight"])
+    calibrated = namespace["model"].eval()  # biases moved, weights did not
+    assert torch.equal(calibrated.conv2.weight, torch.load("float.pt")["conv2.weight"])
+    assert not torch.equal(calibrated.bn2.bias, torch.load("float.pt")["bn2.bias"])
+    assert not torch.equal(calibrated(x), trained(x))
+    exec(scratch, namespace)
+    exec(freezing, namespace)
+    assert namespace["quant"].schedule.steps == {"freeze_batch_norm": 2, "freeze_ranges": 4, "ranges_frozen": 4}
+    capsys.readouterr()
+    exec(loop, namespace)
+    assert "2 of 2 layers low-bit" in capsys.readouterr().out
+
+
 def test_the_fixed_point_page_quotes_the_report() -> None:
     (note, *_) = blocks("text", FIXED_POINT)
     model = DigitsCnn()
@@ -105,14 +131,45 @@ def test_the_fixed_point_page_quotes_the_report() -> None:
     assert line.search(str(summarize(model)).replace("\n  ", " "))
 
 
-def test_options_of_f8net_stand_on_its_page() -> None:
-    table = FIXED_POINT.partition("## 3. Options")[2].partition("\n## ")[0]
-    listed = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)))
-    assert sorted(listed) == sorted(field.name for field in dataclasses.fields(F8Net))
+def rows(text: str, heading: str) -> list[list[str]]:
+    """Cells of the table under a heading, without its head."""
+    section = text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    cells = [re.split(r" (?<!\\)\| ", line[2:-2]) for line in section.splitlines() if line.startswith("| ")]
+    return cells[1:]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "text", "heading"),
+    [(F8Net, FIXED_POINT, "3. Options"), (Jacinto, RANGES, "4. Options")],
+    ids=["f8net", "jacinto"],
+)
+def test_options_of_a_scheme_stand_on_its_page(scheme: type[Any], text: str, heading: str) -> None:
+    listed = [name for first, *_ in rows(text, heading) for name in re.findall(r"`(\w+)`", first)]
+    assert sorted(listed) == sorted(field.name for field in dataclasses.fields(scheme))
+
+
+def test_defaults_of_jacinto_stand_on_its_page() -> None:
+    stated = {
+        name: ast.literal_eval(default.strip("`"))
+        for first, default, _ in rows(RANGES, "4. Options")
+        for name in re.findall(r"`(\w+)`", first)
+    }
+    assert stated == {field.name: getattr(Jacinto(), field.name) for field in dataclasses.fields(Jacinto)}
+
+
+def test_presets_of_jacinto_stand_on_its_page() -> None:
+    table = {preset.strip("`"): dict(re.findall(r"`(\w+)=(.*?)`", sets)) for preset, sets in rows(RANGES, "5. Presets")}
+    assert set(table) >= set(PRESETS)
+    for preset, stated in table.items():
+        assert {name: ast.literal_eval(value) for name, value in stated.items()} == settings_of(preset), preset
 
 
 def test_the_yaml_block_is_a_config_that_parses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for text, scheme, words in ((README, "tqt", "bits: 4"), (FIXED_POINT, "f8net", "select: histogram")):
+    for text, scheme, words in (
+        (README, "tqt", "bits: 4"),
+        (FIXED_POINT, "f8net", "select: histogram"),
+        (RANGES, "jacinto", "weight_bits: 4"),
+    ):
         (block,) = blocks("yaml", text)
         assert yaml.safe_load(block)["quant"]["scheme"] == scheme
         (tmp_path / "some.yaml").write_text(block)

@@ -96,6 +96,7 @@ class ClipQuantizer(Quantizer):
         self.__dict__["watched"] = None
         self.frozen = self.fused = False
         self.calls, self.passed = 1, 0
+        self.pending: list[Tensor] = []
 
     # -- the grid -----------------------------------------------------------------------------------------
     def limits(self) -> Limits:
@@ -167,13 +168,13 @@ class ClipQuantizer(Quantizer):
         """Take one training batch into the running range; its limits from then on."""
         if not self.training or in_backward():
             return self.limits()
-        self.passed += 1
-        last = self.passed % self.calls == 0
-        if last:
+        if self.calls > 1:  # one that is called once must not count: it would be compiled anew for every batch
+            self.passed = (self.passed + 1) % self.calls
+        if self.passed == 0:
             self.batches.add_(1)
         if not self.follows:
             return self.limits()
-        seen = self._pooled(self.range_of(x).to(self.clips.dtype), last)
+        seen = self._pooled(self.range_of(x).to(self.clips.dtype))
         if seen is None:
             return self.limits()
         known = torch.isfinite(seen).all()
@@ -185,17 +186,22 @@ class ClipQuantizer(Quantizer):
             return limits_of(seen, self.flag, self.form.bits, self.form.power2, self.form.symmetric)
         return self.limits()
 
-    def _pooled(self, ends: Tensor, last: bool) -> Tensor | None:
+    def _pooled(self, ends: Tensor) -> Tensor | None:
         """The range over all calls of one batch, at the last of them; None before."""
         if self.calls == 1:
             return ends
-        pending: list[Tensor] = self.__dict__.setdefault("pending", [])
-        pending.append(ends)
-        if not last:
+        self.pending.append(ends)
+        if self.passed:
             return None
-        pooled = torch.stack(pending)
-        pending.clear()
+        pooled = torch.stack(self.pending)
+        self.pending.clear()
         return torch.stack([pooled[:, 0].min(), pooled[:, 1].max()])
+
+    def begin_batch(self) -> None:
+        """Forget what a forward that was broken off has left."""
+        if self.calls > 1:
+            self.passed = 0
+            self.pending.clear()
 
     def range_of(self, x: Tensor) -> Tensor:
         """Lower and upper end of one batch's values, on all processes where ranges come from one histogram."""

@@ -38,6 +38,8 @@ class RangeRule(UpdateRule):
     def before_batch(self) -> None:
         for norm in self.held:  # the user's code may have called train()
             norm.training = False
+        for quantizer in self.ranges:
+            quantizer.begin_batch()
 
     def after_batch(self, context: StepContext) -> None:
         if context.world == 1 or self.scheme.range_sync != "mean" or not self.ranges:

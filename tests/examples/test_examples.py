@@ -324,3 +324,21 @@ def test_fixed_point_yaml_runs_both_recipes(
         assert torch.equal(after[f"net.{weight}"], before[f"module.{weight}"]) != moves
         assert not torch.equal(after[f"net.{mean}"], before[f"module.{mean}"])
         assert any(key.endswith("alpha") for key in after) == moves
+
+
+# -- ranges that follow the batches ------------------------------------------------------------------------------------
+def test_jacinto_yaml_trains_and_calibrates(
+    root: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli = pytest.importorskip("lightning_lowbit.cli")
+    monkeypatch.chdir(tmp_path)
+    for command, name in (("fit", "jacinto_resnet20"), ("validate", "jacinto_resnet20_calibrated")):
+        words = [command, "--config", str(EXAMPLES / "configs" / f"{name}.yaml"), "--data.root", str(root)]
+        words += ["--data.batch_size", "8", "--model.blocks", "1", "--quant.init_from", str(checkpoint)]
+        cli.main([*words, "--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path / name)])
+        assert "val_acc" in capsys.readouterr().out
+    (file,) = tmp_path.rglob("*.ckpt")
+    state = torch.load(file, weights_only=False)["state_dict"]
+    before = torch.load(checkpoint)["state_dict"]
+    assert not torch.equal(state["net.layer2.0.conv1.weight"], before["module.layer2.0.conv1.weight"])
+    assert any(key.endswith("lowbit_output.clips") for key in state)
