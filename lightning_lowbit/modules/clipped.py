@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -80,6 +80,7 @@ class ClipQuantizer(Quantizer):
     clips: Tensor
     batches: Tensor
     skipped: Tensor
+    used: Limits  # by the last training batch, where it clips by its own range
 
     def __init__(
         self, site: Site, form: ClipFormat, fixed: tuple[float, float] | None = None, signed: bool | None = None
@@ -104,8 +105,7 @@ class ClipQuantizer(Quantizer):
         members = [member for member in self.group if isinstance(member, ClipQuantizer)]
         if len(members) == 1:
             return limits_of(self.clips, self.flag, self.form.bits, self.form.power2, self.form.symmetric)
-        clips = torch.stack([m.clips if m.flag is not False else m.clips.clamp(min=0.0) for m in members])
-        widest = torch.stack([clips[:, 0].min(), clips[:, 1].max()])
+        widest = _union([m.clips if m.flag is not False else m.clips.clamp(min=0.0) for m in members])
         flags = {member.flag for member in members}
         flag = True if True in flags else False if flags == {False} else None
         return limits_of(widest, flag, self.form.bits, self.form.power2, self.form.symmetric)
@@ -166,6 +166,8 @@ class ClipQuantizer(Quantizer):
     @torch.no_grad()
     def follow(self, x: Tensor) -> Limits:
         """Take one training batch into the running range; its limits from then on."""
+        if self.training and in_backward() and self.form.batch_ranges:
+            return self.used  # a checkpointed block runs again: as it did
         if not self.training or in_backward():
             return self.limits()
         if self.calls > 1:  # one that is called once must not count: it would be compiled anew for every batch
@@ -183,7 +185,8 @@ class ClipQuantizer(Quantizer):
         share = (1 / self.batches.clamp(min=1)).clamp(min=self.form.floor)
         self.clips.copy_((1 - share) * self.clips + share * seen)
         if self.form.batch_ranges:
-            return limits_of(seen, self.flag, self.form.bits, self.form.power2, self.form.symmetric)
+            self.used = limits_of(seen, self.flag, self.form.bits, self.form.power2, self.form.symmetric)
+            return self.used
         return self.limits()
 
     def _pooled(self, ends: Tensor) -> Tensor | None:
@@ -193,9 +196,9 @@ class ClipQuantizer(Quantizer):
         self.pending.append(ends)
         if self.passed:
             return None
-        pooled = torch.stack(self.pending)
+        pooled = _union(self.pending)
         self.pending.clear()
-        return torch.stack([pooled[:, 0].min(), pooled[:, 1].max()])
+        return pooled
 
     def begin_batch(self) -> None:
         """Forget what a forward that was broken off has left."""
@@ -236,7 +239,7 @@ class ClipQuantizer(Quantizer):
     def observe(self, x: Tensor) -> None:
         watched = self.watched or _Watched(x.new_zeros(2), hist=self.form.sync == "hist")
         self.__dict__["watched"] = watched
-        watched.observe(self._part(x), self.form)
+        watched.observe(self._part(x), self.form, self.calls)
 
     @property
     def watched(self) -> _Watched | None:
@@ -274,6 +277,12 @@ class ClipQuantizer(Quantizer):
         self.set_ready(ready)
 
 
+def _union(ranges: list[Tensor]) -> Tensor:
+    """The range that holds them all."""
+    ends = torch.stack(ranges)
+    return torch.stack([ends[:, 0].min(), ends[:, 1].max()])
+
+
 @dataclass
 class _Watched:
     """What passed in calibration: the running range of batches, or all of them in one histogram.
@@ -290,15 +299,21 @@ class _Watched:
     number: int = -1
     counts: Tensor | None = None
     reduced: bool = False
+    pending: list[Tensor] = field(default_factory=list)  # of the calls of one batch
 
-    def observe(self, x: Tensor, form: ClipFormat) -> None:
+    def observe(self, x: Tensor, form: ClipFormat, calls: int) -> None:
         if self.reduced:  # a second pass
             low, high = self.clips.unbind()
             found = range_histogram(x, low, high)
             self.counts = found if self.counts is None else self.counts + found
             return
-        self.number = self.number + 1
         seen = percentile_range(x, 0.0 if self.hist else form.percent)
+        self.pending.append(seen)
+        if len(self.pending) < calls:
+            return
+        seen = _union(self.pending)
+        self.pending.clear()
+        self.number = self.number + 1
         if self.hist:
             first = self.number == 0
             low = seen[0] if first else torch.minimum(self.clips[0], seen[0])

@@ -19,6 +19,9 @@ from lightning_lowbit.numerics.grid import Grid
 __all__ = ["LowBitAdd", "LowBitAfter", "LowBitAvgPool", "LowBitCat", "LowBitOp", "LowBitReLU", "make_op"]
 
 
+_MOST_APART = 32  # bits between the steps of two tensors whose sum still has a format
+
+
 class LowBitOp(LowBitModule):
     """An operation with a quantizer on its result, and one on every operand that arrives in float.
 
@@ -95,7 +98,7 @@ class LowBitReLU(LowBitOp):
 
 
 class LowBitAdd(LowBitOp):
-    """a + b of two tensors on one step: their codes add."""
+    """a + b: on one step codes add; of two steps that are powers of two the coarser tensor's are shifted first."""
 
     lowbit_kind = Kind.ADD
 
@@ -114,8 +117,13 @@ class LowBitAdd(LowBitOp):
         grids = self._common()
         if not grids or any(not isinstance(grid.exponent, int) for grid in grids):
             return None
-        low, high = sum(grid.qmin for grid in grids), sum(grid.qmax for grid in grids)
-        return _holding(low, high, min(grid.exponent for grid in grids))  # type: ignore[type-var, arg-type]
+        step = min(grid.exponent for grid in grids)  # type: ignore[type-var]  # all have one exponent
+        apart = [grid.exponent - step for grid in grids]  # type: ignore[operator]
+        if max(apart) > _MOST_APART:
+            return None
+        low = sum((grid.qmin - grid.zero_point) << n for grid, n in zip(grids, apart, strict=True))
+        high = sum((grid.qmax - grid.zero_point) << n for grid, n in zip(grids, apart, strict=True))
+        return _holding(low, high, step)  # type: ignore[arg-type]
 
 
 class LowBitCat(LowBitOp):

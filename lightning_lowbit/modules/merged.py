@@ -27,7 +27,7 @@ from lightning_lowbit.numerics.merged_bias import (
 from lightning_lowbit.numerics.observers import AllReduce
 from lightning_lowbit.numerics.through import pass_through
 
-__all__ = ["BiasRule", "MergedBias", "MergedWeight", "WeightFormat", "dead_channels"]
+__all__ = ["BiasRule", "MergedBias", "MergedWeight", "WeightFormat", "merge_norm"]
 
 BiasRule = Literal["int32", "tidl", "tidl_scale", "own", "float"]
 
@@ -37,6 +37,36 @@ _DEAD = 1e-6
 def dead_channels(var: Tensor) -> Tensor:
     """Channels [C] whose running variance is nil beside the others': their normalized output is constant."""
     return var < _DEAD * var.median()
+
+
+def channel_factor(norm: Any, var: Tensor) -> Tensor:
+    """gamma / sqrt(var + eps), [C]: what a batch norm multiplies its channels with."""
+    factor = torch.rsqrt(var + norm.eps)  # as published, to the last bit
+    return factor if norm.weight is None else norm.weight * factor
+
+
+def merge_norm(layer: Any, weight: Tensor, mean: Tensor, var: Tensor, constant: bool) -> tuple[Tensor, Tensor]:
+    """Wm = W s, bm = (b - mean) s + beta with s of ``channel_factor``.
+
+    Args:
+        layer: a LowBitLayer with a norm.
+        weight: its weight.
+        mean, var: the norm's moving statistics [C].
+        constant: a dead channel is merged as beta alone. Its factor would be gamma / sqrt(eps), 316 times gamma, and
+            one such channel takes all the range of a layer.
+    """
+    norm = layer.norm
+    factor = channel_factor(norm, var)
+    bias = (-mean if layer.bias is None else layer.bias - mean) * factor
+    merged = weight * per_output(factor, weight, layer.out_axis, layer.groups)
+    if norm.bias is not None:
+        bias = bias + norm.bias
+    if constant:
+        dead = dead_channels(var)
+        beta = torch.zeros_like(bias) if norm.bias is None else norm.bias
+        rows = per_output(dead.to(weight.dtype), weight, layer.out_axis, layer.groups) > 0
+        merged, bias = torch.where(rows, 0.0, merged), torch.where(dead, beta, bias)
+    return merged, bias
 
 
 @dataclass(frozen=True)
@@ -133,8 +163,8 @@ class MergedWeight(Quantizer):
         layer, norm = self.layer, self.layer.norm
         if norm is None:
             return None
-        gamma = 1.0 if norm.weight is None else norm.weight.detach()
-        return per_output(gamma / torch.sqrt(norm.running_var + norm.eps), layer.weight, layer.out_axis, layer.groups)
+        factor = channel_factor(norm, norm.running_var).detach()
+        return per_output(factor, layer.weight, layer.out_axis, layer.groups)
 
     @torch.no_grad()
     def _store(self, merged: Tensor, floor: bool) -> None:

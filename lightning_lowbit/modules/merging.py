@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_lowbit.graph.fold import per_output
 from lightning_lowbit.modules.clipped import ClipQuantizer
+from lightning_lowbit.modules.merged import channel_factor
 from lightning_lowbit.modules.quantizer import in_backward, on
 from lightning_lowbit.numerics.merged import unmerge
 from lightning_lowbit.numerics.through import pass_through
@@ -37,6 +39,7 @@ class Group:
         six: whether that ends at 6.
         tap: is shown the sums of the quantized operands.
         norms: batch norms of the network that no layer has merged.
+        statistics: mean and variance that the last training batch took out of a weight, where values go by the batch.
     """
 
     end: ClipQuantizer | None = None
@@ -44,6 +47,7 @@ class Group:
     six: bool = False
     tap: Callable[[Tensor], None] | None = None
     norms: list[nn.Module] = field(default_factory=list)
+    statistics: tuple[Tensor, Tensor] | None = None
 
     def close(self, nrm: Tensor, sums: Tensor | None = None, seen: Tensor | None = None) -> Tensor:
         """The value of ``sums`` quantized, the gradient of nrm, the range of ``seen``; both are nrm if not given."""
@@ -72,7 +76,9 @@ def merged_layer(layer: Any, x: Tensor, backward: Backward, batch_value: bool = 
     layer.renew_norm()
     if _live(layer) and batch_value:
         with _exact(x):
-            return group.close(_float_path(layer, x.to(layer.weight.dtype), _apart(layer)))
+            if not in_backward():  # a checkpointed block runs again: by the statistics that it had
+                group.statistics = layer.norm.running_mean.clone(), layer.norm.running_var.clone()
+            return group.close(_float_path(layer, x.to(layer.weight.dtype), _apart(layer, group.statistics)))
     traced = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in _parameters(layer)))
     watching = group.end is not None and group.end.follows
     if not (traced or watching or _live(layer)):
@@ -156,15 +162,20 @@ def _sums(layer: Any, x: Tensor) -> Tensor:
     return sums
 
 
-def _apart(layer: Any) -> Tensor:
+def _apart(layer: Any, statistics: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Wq with BN taken out again, as a function of W that passes gradients through; W where BN's factor is nil."""
-    quantizer, master = layer.lowbit_weight, layer.weight
+    quantizer, master, norm = layer.lowbit_weight, layer.weight, layer.norm
     with torch.no_grad():
-        weight, bias = layer.by_moving_statistics(master)
+        if norm is None:
+            weight, bias, factor = master, layer.bias, None
+        else:
+            mean, var = statistics or (norm.running_mean, norm.running_var)
+            weight, bias = layer.scheme.merge(layer, master, mean, var)
+            factor = per_output(channel_factor(norm, var), master, layer.out_axis, layer.groups)
         scale = quantizer.scale(weight, bias)
-        value, factor = quantizer(weight, scale=scale), quantizer.factor()
+        value = quantizer(weight, scale=scale)
         quantizer.snap(value)
         if factor is not None:
-            value = unmerge(value, factor, layer.norm.eps, master.detach(), floor=False)
+            value = unmerge(value, factor, norm.eps, master.detach(), floor=False)
         mask = quantizer.mask(weight, scale)
     return pass_through(master, value, mask)

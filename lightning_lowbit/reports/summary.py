@@ -22,6 +22,8 @@ from lightning_lowbit.reports.table import Line, show, text
 
 __all__ = ["Row", "Summary", "claims", "print_report", "summarize", "sums_exact"]
 
+_FLOAT_BITS = 25  # signed codes of so many bits are float32 numbers
+
 
 @dataclass(frozen=True)
 class Row:
@@ -108,7 +110,7 @@ def claims(module: nn.Module, report: Summary) -> list[str]:
         reasons.append("not calibrated yet")
     inexact = [row.site for row in report.rows if row.exact is False]
     if inexact:
-        reasons.append(f"{len(inexact)} layers' float sums are not proved exact ({inexact[0]} first)")
+        reasons.append(f"{len(inexact)} float sums are not proved exact ({inexact[0]} first)")
     if conversion.uncovered or conversion.between:
         names = ", ".join(conversion.between[:3]) + ", ..." * (len(conversion.between) > 3)
         reasons.append("float operations between layers" + (f" ({names})" if names else ""))
@@ -206,8 +208,12 @@ def _rows(path: str, owner: nn.Module, tally: Tally | None) -> Iterator[Row]:
             )
     if isinstance(owner, LowBitLayer):
         yield Row(path, "sum", owner.pattern, owner.result_grid(), None, sums_exact(owner))
-    elif isinstance(owner, (LowBitAdd, LowBitCat)):
-        yield Row(path, "sum" if isinstance(owner, LowBitAdd) else "concat", owner.pattern, owner.result_grid())
+    elif isinstance(owner, LowBitAdd):
+        grid = owner.result_grid()
+        exact = None if grid is None else grid.bits <= _FLOAT_BITS  # steps far apart leave float32 too few
+        yield Row(path, "sum", owner.pattern, grid, None, exact)
+    elif isinstance(owner, LowBitCat):
+        yield Row(path, "concat", owner.pattern, owner.result_grid())
 
 
 # -- lines: one a layer or operation -------------------------------------------------------------------------

@@ -7,17 +7,15 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
 from lightning_lowbit.errors import ConfigError
-from lightning_lowbit.graph.fold import per_output
 from lightning_lowbit.graph.ops import Kind
 from lightning_lowbit.modules.base import Milestone, Moment, Scheme, Site, UpdateRule
 from lightning_lowbit.modules.bias_calibration import calibrate_biases
 from lightning_lowbit.modules.clipped import ClipFormat, ClipQuantizer, RangeSync
 from lightning_lowbit.modules.elementwise import LowBitAvgPool
-from lightning_lowbit.modules.merged import BiasRule, MergedBias, MergedWeight, WeightFormat, dead_channels
+from lightning_lowbit.modules.merged import BiasRule, MergedBias, MergedWeight, WeightFormat, merge_norm
 from lightning_lowbit.modules.merging import Backward, merged_layer
 from lightning_lowbit.modules.merging_wiring import group_layers
 from lightning_lowbit.modules.moments import check_moment
@@ -234,13 +232,7 @@ class Jacinto(Scheme):
         return group_layers(root, flow, plan)
 
     def merge(self, layer: Any, weight: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        merged, bias = super().merge(layer, weight, mean, var)
-        if self.dead_channels == "merge":
-            return merged, bias
-        dead, beta = dead_channels(var), layer.norm.bias
-        constant = torch.zeros_like(bias) if beta is None else beta
-        rows = per_output(dead.to(weight.dtype), weight, layer.out_axis, layer.groups) > 0
-        return torch.where(rows, 0.0, merged), torch.where(dead, constant, bias)
+        return merge_norm(layer, weight, mean, var, constant=self.dead_channels == "constant")
 
     def forward(self, layer: Any, x: Tensor) -> Tensor:
         if not layer.switch.quantizing or not layer.lowbit_weight.ready:
