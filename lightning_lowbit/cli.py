@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import json
 import pkgutil
 import re
 import sys
@@ -34,7 +35,7 @@ from lightning_lowbit.callbacks.quant import QuantCallback
 from lightning_lowbit.errors import ConfigError, UnsupportedModelError, nearest
 from lightning_lowbit.modules.base import Scheme
 from lightning_lowbit.reports.certificate import compare, read_certificate
-from lightning_lowbit.schemes import registry
+from lightning_lowbit.schemes import find, registry
 
 __all__ = ["LowBitCLI", "main"]
 
@@ -225,9 +226,9 @@ def _scheme_spec(value: Any, options: Mapping[str, Any] | None = None) -> Any:
     if isinstance(value, Mapping):
         spec = dict(value)
         if isinstance(spec.get("class_path"), str):
-            spec["class_path"] = _class_path(spec["class_path"])
+            spec = {**spec, **_named(spec["class_path"], spec.get("init_args"))}
     elif isinstance(value, str) and value != FLOAT:
-        spec = {"class_path": _class_path(value)}
+        spec = _named(value)
     elif options and value is not None:
         raise ConfigError(f"quant.scheme: {value!r} has no options, got {', '.join(sorted(options))}.")
     else:
@@ -235,6 +236,24 @@ def _scheme_spec(value: Any, options: Mapping[str, Any] | None = None) -> Any:
     if options:
         spec["init_args"] = {**spec.get("init_args", {}), **options}
     return spec
+
+
+def _named(name: str, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A scheme's class path and its options, with its own defaults where those of the default scheme are others.
+
+    What a key's default sets is otherwise carried over to whatever class is named, option by option.
+    """
+    path = _class_path(name)
+    cls = next((cls for cls in registry().values() if _import_path(cls) == path), None)
+    own = {} if cls is None else _defaults(cls)
+    before = _defaults(find(inspect.signature(QuantCallback).parameters["scheme"].default))
+    others = {option: value for option, value in own.items() if option in before and before[option] != value}
+    given = {**others, **(options or {})}
+    return {"class_path": path, "init_args": given} if given else {"class_path": path}
+
+
+def _defaults(cls: type[Any]) -> dict[str, Any]:
+    return {f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
 
 
 def _class_path(name: str) -> str:
@@ -249,21 +268,24 @@ def _class_path(name: str) -> str:
 def _resolve_words(words: list[str]) -> list[str]:
     """Replace the short name after ``--quant.scheme`` and ``--quant.scheme.help``."""
     resolved: list[str] = []
-    after_option = False
+    asked = ""
     for word in words:
         option, equals, value = word.partition("=")
         names_scheme = option in ("--quant.scheme", "--quant.scheme.help")
         if names_scheme and equals:
-            resolved.append(f"{option}={_scheme_word(value)}")
+            resolved.append(f"{option}={_scheme_word(option, value)}")
         else:
-            resolved.append(_scheme_word(word) if after_option and not word.startswith("-") else word)
-        after_option = names_scheme and not equals
+            resolved.append(_scheme_word(asked, word) if asked and not word.startswith("-") else word)
+        asked = option if names_scheme and not equals else ""
     return resolved
 
 
-def _scheme_word(word: str) -> str:
+def _scheme_word(option: str, word: str) -> str:
     # An inline mapping ("{class_path: tqt}") goes through the loader below like any other YAML.
-    return word if word == FLOAT or word.lstrip().startswith("{") else _class_path(word)
+    if word == FLOAT or word.lstrip().startswith("{"):
+        return word
+    spec = _named(word)
+    return json.dumps(spec) if "init_args" in spec and not option.endswith(".help") else str(spec["class_path"])
 
 
 def _load_yaml(text: str) -> Any:

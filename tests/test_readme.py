@@ -168,7 +168,7 @@ def test_the_yaml_block_is_a_config_that_parses(tmp_path: Path, capsys: pytest.C
     for text, scheme, words in (
         (README, "tqt", "bits: 4"),
         (FIXED_POINT, "f8net", "select: histogram"),
-        (RANGES, "jacinto", "weight_bits: 4"),
+        (RANGES, "jacinto", "preset: WC4_AT8"),
     ):
         (block,) = blocks("yaml", text)
         assert yaml.safe_load(block)["quant"]["scheme"] == scheme

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["batch_statistics", "fold_batch_norm", "per_output"]
+__all__ = ["batch_statistics", "fold_batch_norm", "per_channel", "per_output"]
 
 
 def per_output(values: Tensor, weight: Tensor, out_axis: int = 0, groups: int = 1) -> Tensor:
@@ -24,6 +24,15 @@ def per_output(values: Tensor, weight: Tensor, out_axis: int = 0, groups: int = 
         return values.reshape(1, -1, *rest)
     per_group = values.reshape(groups, 1, -1).expand(groups, weight.shape[0] // groups, -1)
     return per_group.reshape(weight.shape[0], -1, *rest)
+
+
+def per_channel(values: Tensor, out_axis: int = 0, groups: int = 1) -> Tensor:
+    """The way back: what multiplies a weight channel by channel as [C]; one number becomes 0-dim."""
+    if values.numel() == 1:
+        return values.reshape(())
+    if out_axis == 0 or groups == 1:
+        return values.reshape(-1)
+    return values.reshape(groups, -1, values.shape[1])[:, 0].reshape(-1)
 
 
 def fold_batch_norm(

@@ -175,6 +175,9 @@ class UpdateRule(ABC):
     def step(self, owned: set[str], context: StepContext) -> None:
         """Update the low-bit modules at the paths ``owned``: the stepping optimizer holds their weights."""
 
+    def end_run(self) -> None:  # noqa: B027  # optional
+        """The run is over: what it held back is free again."""
+
     def before_batch(self) -> None:  # noqa: B027  # optional
         """A training batch begins."""
 

@@ -100,15 +100,20 @@ class ClipQuantizer(Quantizer):
         self.pending: list[Tensor] = []
 
     # -- the grid -----------------------------------------------------------------------------------------
+    @property
+    def bits(self) -> int:
+        """Of its codes; members of a tie have the most of theirs."""
+        return max(member.form.bits for member in self.group if isinstance(member, ClipQuantizer))
+
     def limits(self) -> Limits:
         """The effective limits; members of a tie (a concat) have the widest of theirs."""
         members = [member for member in self.group if isinstance(member, ClipQuantizer)]
         if len(members) == 1:
-            return limits_of(self.clips, self.flag, self.form.bits, self.form.power2, self.form.symmetric)
+            return limits_of(self.clips, self.flag, self.bits, self.form.power2, self.form.symmetric)
         widest = _union([m.clips if m.flag is not False else m.clips.clamp(min=0.0) for m in members])
         flags = {member.flag for member in members}
         flag = True if True in flags else False if flags == {False} else None
-        return limits_of(widest, flag, self.form.bits, self.form.power2, self.form.symmetric)
+        return limits_of(widest, flag, self.bits, self.form.power2, self.form.symmetric)
 
     def exponent(self) -> Tensor:
         return clamp_exponent(-ceil_log2(self.limits().scale))
@@ -117,8 +122,8 @@ class ClipQuantizer(Quantizer):
         limits = self.limits().to_host()
         signed, zero = limits.qmin < 0, int(limits.zero_point)
         if self.form.power2:
-            return Grid(self.form.bits, int(self.exponent()), zero_point=zero, signed=signed)
-        return Grid(self.form.bits, scale=1 / float(limits.scale), zero_point=zero, signed=signed)
+            return Grid(self.bits, int(self.exponent()), zero_point=zero, signed=signed)
+        return Grid(self.bits, scale=1 / float(limits.scale), zero_point=zero, signed=signed)
 
     # -- forward ------------------------------------------------------------------------------------------
     def forward(
@@ -185,7 +190,7 @@ class ClipQuantizer(Quantizer):
         share = (1 / self.batches.clamp(min=1)).clamp(min=self.form.floor)
         self.clips.copy_((1 - share) * self.clips + share * seen)
         if self.form.batch_ranges:
-            self.used = limits_of(seen, self.flag, self.form.bits, self.form.power2, self.form.symmetric)
+            self.used = limits_of(seen, self.flag, self.bits, self.form.power2, self.form.symmetric)
             return self.used
         return self.limits()
 
@@ -213,7 +218,8 @@ class ClipQuantizer(Quantizer):
         if self.form.sync != "hist" or run.world == 1:
             return percentile_range(x, self.form.percent)
         ends = torch.stack([-x.amin(), x.amax()])
-        low, high = run.reduce_max(torch.where(torch.isnan(ends), torch.inf, ends)) * ends.new_tensor([-1, 1])
+        negated, high = run.reduce_max(torch.where(torch.isnan(ends), torch.inf, ends)).unbind()
+        low = -negated
         if self.form.percent == 0:
             return torch.stack([low, high])
         return range_of_histogram(run.reduce_sum(range_histogram(x, low, high)), low, high, self.form.percent)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_lowbit.graph.fold import per_output
+from lightning_lowbit.graph.fold import per_channel, per_output
 from lightning_lowbit.modules.base import Site
 from lightning_lowbit.modules.clipped import ClipQuantizer
 from lightning_lowbit.modules.quantizer import Quantizer
@@ -18,6 +18,7 @@ from lightning_lowbit.numerics.exponent import ceil_log2, clamp_exponent
 from lightning_lowbit.numerics.grid import Grid
 from lightning_lowbit.numerics.merged import constrain_weight, inside, quantize_weight, unmerge, weight_scale
 from lightning_lowbit.numerics.merged_bias import (
+    holding_scale,
     own_scale,
     products_bias,
     quantize_bias,
@@ -36,7 +37,8 @@ _DEAD = 1e-6
 
 def dead_channels(var: Tensor) -> Tensor:
     """Channels [C] whose running variance is nil beside the others': their normalized output is constant."""
-    return var < _DEAD * var.median()
+    alive = torch.where(var > _DEAD * var.amax(), var, torch.nan)  # the median of a layer that is mostly dead is dead
+    return var < _DEAD * alive.nanmedian()
 
 
 def channel_factor(norm: Any, var: Tensor) -> Tensor:
@@ -81,6 +83,7 @@ class WeightFormat:
         cap: the largest range, None without.
         constrain: clip outliers once, at the start.
         snap: put the float weights on the grid once, in the first training batch.
+        constant: dead channels are merged as the constants that they are.
     """
 
     bits: int = 8
@@ -90,6 +93,7 @@ class WeightFormat:
     cap: float | None = None
     constrain: bool = True
     snap: bool = False
+    constant: bool = True
 
 
 class MergedWeight(Quantizer):
@@ -112,6 +116,11 @@ class MergedWeight(Quantizer):
         self.form, self.bias = form, bias
         self.has_exponent = form.power2
         self.register_buffer("snapped", torch.zeros(()))
+        self.has_snapped = False  # its copy, so that no forward reads a device
+
+    def refresh(self) -> None:
+        super().refresh()
+        self.has_snapped = bool(self.snapped.round().item())
 
     def scale(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Codes per unit, 0-dim or shaped to multiply ``weight``."""
@@ -152,7 +161,7 @@ class MergedWeight(Quantizer):
         return -ceil_log2(self._present_scale())
 
     def grid(self) -> Grid:
-        scale = per_channel(self._present_scale(), self.layer)
+        scale = per_channel(self._present_scale(), self.layer.out_axis, self.layer.groups)
         return _grid(self.form.bits, scale, self.form.power2, self.layer.out_axis)
 
     def saturated(self, x: Tensor) -> Tensor:
@@ -167,13 +176,12 @@ class MergedWeight(Quantizer):
         return per_output(factor, layer.weight, layer.out_axis, layer.groups)
 
     @torch.no_grad()
-    def _store(self, merged: Tensor, floor: bool) -> None:
-        """Write a merged weight back, its batch norm taken out again."""
+    def _store(self, merged: Tensor, where: Tensor, floor: bool) -> None:
+        """Write a merged weight back where told, its batch norm taken out again."""
         master, factor = getattr(self.layer, "weight_orig", self.layer.weight), self.factor()  # a pruned one's own
+        new = merged if factor is None else unmerge(merged, factor, self.layer.norm.eps, master, floor=floor)
         # .data: the backward of the batch in which it happens then multiplies by these values, as published.
-        master.data.copy_(
-            merged if factor is None else unmerge(merged, factor, self.layer.norm.eps, master, floor=floor)
-        )
+        master.data.copy_(torch.where(where, new, master))
 
     def constrain(self, merged: Tensor) -> None:
         """Clip outliers of the float weight, if it has any."""
@@ -185,17 +193,30 @@ class MergedWeight(Quantizer):
                 "keep their bits. Leave them with constrain_weights=False.",
                 stacklevel=2,
             )
-            self._store(clipped, floor=False)
+            self._store(clipped, clipped != merged, floor=False)
 
     def snap(self, value: Tensor) -> None:
         """Put the float weight on the grid of ``value``, once, in the first training batch."""
-        if not (self.form.snap and self.training) or bool(self.snapped):
+        if not (self.form.snap and self.training) or self.has_snapped:
             return
         self.snapped.fill_(1.0)
-        self._store(value, floor=True)
+        self.has_snapped = True
+        self._store(value, self._alive(), floor=True)
         run = self.switch.run
         if run.world > 1:  # each process has merged its own batch's statistics
             self.layer.weight.data.copy_(run.reduce_sum(self.layer.weight.data) / run.world)
+
+    def _dead(self) -> Tensor | None:
+        """Which channels [C] were merged as constants; None where no layer's can be."""
+        norm = self.layer.norm
+        return None if norm is None or not self.form.constant else dead_channels(norm.running_var)
+
+    def _alive(self) -> Tensor:
+        """Where the weight is not of a channel that was merged as a constant, which would be stored as 0."""
+        dead, layer = self._dead(), self.layer
+        if dead is None:
+            return torch.ones((), dtype=torch.bool, device=layer.weight.device)
+        return per_output(dead.to(layer.weight.dtype), layer.weight, layer.out_axis, layer.groups) == 0
 
     def commit(self, all_reduce: AllReduce) -> None:
         layer = self.layer
@@ -203,8 +224,9 @@ class MergedWeight(Quantizer):
         self.require_finite(int((~torch.isfinite(merged)).sum()))
         if self.form.constrain and not self.form.per_channel:
             self.constrain(merged)
-        if layer.norm is not None and bool(dead_channels(layer.norm.running_var).any()):
-            dead = int(dead_channels(layer.norm.running_var).sum())
+        found = self._dead()
+        dead = 0 if found is None else int(found.sum())
+        if dead:
             warnings.warn(
                 f"{layer.path}: {dead} of {layer.norm.num_features} channels have no variance behind them; they are "
                 "merged as constants, or their weights would take all the range.",
@@ -246,7 +268,7 @@ class MergedBias(Quantizer):
 
     def by(self, bias: Tensor, scale_of_weight: Tensor) -> Tensor:
         """The quantized bias beside weights of that scale."""
-        source, scale = _limits_of(self.layer), per_channel(scale_of_weight, self.layer)
+        source, scale = _limits_of(self.layer), per_channel(scale_of_weight, self.layer.out_axis, self.layer.groups)
         if self.rule == "int32":
             return bias if source is None else products_bias(bias, source[0].scale * scale)
         own = own_scale(bias, self.bits, self.power2)
@@ -262,7 +284,10 @@ class MergedBias(Quantizer):
         source = _limits_of(self.layer)
         if source is None or self.rule in ("own", "tidl_scale"):
             return own_scale(bias.detach(), self.bits, self.power2)
-        return source[0].scale * per_channel(self.layer.lowbit_weight.scale(weight.detach(), bias), self.layer)
+        products = source[0].scale * self.layer.lowbit_weight.scale(weight.detach(), bias)
+        if self.rule == "int32":
+            return holding_scale(bias.detach(), products)
+        return per_channel(products, self.layer.out_axis, self.layer.groups)
 
     def exponent(self) -> Tensor:
         return -ceil_log2(self.codes_per_unit())
@@ -282,18 +307,9 @@ def _grid(bits: int, codes_per_unit: Tensor, power2: bool, axis: int) -> Grid:
     return Grid(bits, scale=tuple(steps.tolist()), axis=axis)
 
 
-def per_channel(values: Tensor, layer: Any) -> Tensor:
-    """What multiplies a layer's weight channel by channel as [C]; one number stays 0-dim."""
-    if values.numel() == 1:
-        return values.reshape(())
-    if layer.out_axis == 0 or layer.groups == 1:
-        return values.reshape(-1)
-    return values.reshape(layer.groups, -1, values.shape[1])[:, 0].reshape(-1)
-
-
 def _limits_of(layer: Any) -> tuple[Limits, int] | None:
     """Limits and bits of what a layer reads; None where it reads float."""
     source = layer.input_grid
     if not isinstance(source, ClipQuantizer) or not source.ready:
         return None
-    return source.limits(), source.form.bits
+    return source.limits(), source.bits

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_lowbit.modules.base import Site
 from lightning_lowbit.modules.observed import ObservedQuantizer
 from lightning_lowbit.modules.quantizer import Quantizer
-from lightning_lowbit.numerics.exponent import log2_threshold, pow2
+from lightning_lowbit.numerics.exponent import ceil_log2, log2_threshold, pow2
 from lightning_lowbit.numerics.grid import Grid
 from lightning_lowbit.numerics.observers import AllReduce, RangeObserver
 from lightning_lowbit.numerics.ranges import (
@@ -30,6 +30,7 @@ __all__ = ["AccumulatorQuantizer", "BiasQuantizer", "Initialization", "Threshold
 
 Initialization = Literal["mse", "max", "3sd", "klj", "percentile"]
 LOG2_T_LIMIT = 32
+_INT32 = 32
 
 
 class ThresholdQuantizer(ObservedQuantizer):
@@ -204,13 +205,20 @@ class BiasQuantizer(ThresholdQuantizer):
     def exponent(self) -> Tensor:
         if self.own:
             return super().exponent()
-        unit = self._unit()
-        return torch.zeros((), dtype=torch.int32) if unit is None else unit
+        unit, bias = self._unit(), self.layer.in_evaluation()[1]
+        return torch.zeros((), dtype=torch.int32) if unit is None else self._holding(unit, bias)
+
+    def _holding(self, unit: Tensor, bias: Tensor) -> Tensor:
+        """The unit, or what it is shifted by where 32 bits of it do not reach the largest bias (16-bit codes)."""
+        if self.bits < _INT32 or not bias.numel():
+            return unit
+        return torch.maximum(unit, ceil_log2(bias.detach().abs().amax()) - (self.bits - 1))
 
     def quantize(self, x: Tensor, rectify: bool = False) -> Tensor:
         if self.own:
             return super().quantize(x, rectify)
         unit = self._unit()
+        unit = None if unit is None else self._holding(unit, x)
         return x if unit is None else fake_quantize(x, unit, qmin=self.qmin, qmax=self.qmax, rounding=self.rounding)
 
     def observe(self, x: Tensor) -> None:

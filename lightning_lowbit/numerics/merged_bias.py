@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_lowbit.numerics.exponent import ceil2
 from lightning_lowbit.numerics.merged import covered_range, quantize_weight
 from lightning_lowbit.numerics.rounding import Rounding, round_to
 
-__all__ = ["own_scale", "products_bias", "quantize_bias", "reduce_weight_scale", "saturate_bias"]
+__all__ = ["holding_scale", "own_scale", "products_bias", "quantize_bias", "reduce_weight_scale", "saturate_bias"]
 
 
 def own_scale(bias: Tensor, bits: int, power2: bool = True) -> Tensor:
@@ -100,32 +101,49 @@ def reduce_weight_scale(
     return torch.minimum(weight_scale, own_scale(bias, 2 * weight_bits) / s_x)
 
 
-def products_bias(bias: Tensor, products_scale: Tensor, bits: int = 32) -> Tensor:
-    """The bias on the grid of the products: clamp(round(b J)) / J, ties away from zero, computed in float64.
+def holding_scale(bias: Tensor, products_scale: Tensor, bits: int = 32) -> Tensor:
+    """J, divided by the least power of two with which codes of ``bits`` hold the bias: J itself where they do.
 
-    With J a power of two the result is exact: a float32 bias has 24 digits, so its code of up to 32 bits keeps
-    them. Only the last code 2^(bits-1) - 1 of more than 24 bits is no float32; the clamp ends at the largest
-    float32 below it (2^31 - 128 of 32 bits), which a code does not exceed either. With any other J a unit is what the
-    bias's dtype holds of 1 / J, and a code of more than 22 bits is within one unit of what float32 can tell.
+    Products of 16-bit codes count in units so small that an ordinary bias is more than 2^31 of them. The grid that is
+    left is a multiple of theirs, so the bias is shifted when it is added.
+
+    Args:
+        bias: [out].
+        products_scale: J, codes per unit, 0-dim or shaped as a weight scale per channel.
+    Returns:
+        0-dim or [out], float64.
+
+    >>> holding_scale(torch.tensor([50.0, 1.0]), torch.tensor(2.0**33)).log2().item()
+    25.0
+    """
+    b = _computed(bias).to(torch.float64)
+    j = _per_output(products_scale, b).to(torch.float64)
+    largest = (b * j).abs()
+    largest = largest.amax() if j.dim() == 0 else largest
+    return j / ceil2((largest / (2.0 ** (bits - 1) - 1)).clamp(min=1.0))
+
+
+def products_bias(bias: Tensor, products_scale: Tensor, bits: int = 32) -> Tensor:
+    """The bias on the grid of the products: round(b J) / J, ties away from zero, computed in float64.
+
+    J is that of :func:`holding_scale`. Where it is a power of two the result is exact: a float32 bias has 24 digits, so
+    its code of up to 32 bits keeps them. With any other J a unit is what the bias's dtype holds of 1 / J, and a code of
+    more than 22 bits is within one unit of what float32 can tell.
 
     Args:
         bias: [out]; half-precision types are computed in float32.
         products_scale: J, codes per unit, 0-dim or shaped as a weight scale per channel.
-        bits: width of the accumulator that the bias is added in.
+        bits: width of a code.
     Returns:
         [out], float64 for a float64 bias, else float32.
 
-    >>> products_bias(torch.tensor([0.625, -0.625, 0.3, 40.0, -40.0]), torch.tensor(4.0), bits=8).tolist()
-    [0.75, -0.75, 0.25, 31.75, -32.0]
-    >>> products_bias(torch.tensor([3.0, -3.0]), torch.tensor(2.0**30)).tolist()  # saturated
-    [1.9999998807907104, -2.0]
+    >>> products_bias(torch.tensor([0.625, -0.625, 0.3]), torch.tensor(4.0)).tolist()
+    [0.75, -0.75, 0.25]
+    >>> products_bias(torch.tensor([40.25, 0.3]), torch.tensor(4.0), bits=8).tolist()  # 161 units: counted in halves
+    [40.5, 0.5]
     """
-    b = _computed(bias)
-    j = _per_output(products_scale, b).to(torch.float64)
-    end = 2 ** (bits - 1)
-    digits = 53 if b.dtype == torch.float64 else 24
-    last = end - max(1, end >> digits)
-    codes = round_to(b.to(torch.float64) * j, Rounding.HALF_AWAY).clamp(-end, last)
+    b, j = _computed(bias), holding_scale(bias, products_scale, bits)
+    codes = round_to(b.to(torch.float64) * j, Rounding.HALF_AWAY)
     return (codes * (1 / j).to(b.dtype)).to(b.dtype)
 
 

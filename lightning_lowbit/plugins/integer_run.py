@@ -31,8 +31,10 @@ def begin_batch(trainer: Any, model: nn.Module, rule: UpdateRule | None, batch_i
     run.blank = is_blank(_loader(trainer), batch_idx)
 
 
-def end_run(model: nn.Module) -> None:
+def end_run(model: nn.Module, rule: UpdateRule | None) -> None:
     """Computing goes on in one process, as if there had been no run; averaged weights lie on their grids."""
+    if rule is not None:
+        rule.end_run()
     switch = switch_of(model)
     renew_codes(model)
     for _, quantizer in quantizers(model):

@@ -391,7 +391,7 @@ class Lifecycle(Callback):
 
     def _leave(self, trainer: Any, pl_module: Any) -> None:
         if is_converted(pl_module):
-            end_run(pl_module)
+            end_run(pl_module, self.rule)
         self._undo()
         self.resume.detach(trainer)
 

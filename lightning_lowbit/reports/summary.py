@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_lowbit.graph.fold import per_channel
 from lightning_lowbit.graph.network import follow
 from lightning_lowbit.graph.ops import Kind
 from lightning_lowbit.graph.rewrite import TracedForward
@@ -117,9 +119,15 @@ def claims(module: nn.Module, report: Summary) -> list[str]:
     if conversion.skipped or conversion.float_by_nature:
         reasons.append("float layers")
     low = [module for _, module in low_bit_modules(module)]
+    floats = [
+        m.path for m in low if isinstance(m, LowBitLayer) and m.input_grid is None and not m.scheme.carries_errors
+    ]
+    if floats:
+        reasons.append(f"{len(floats)} layers read floats ({floats[0]} first)")
     norms = sum(getattr(part, "island", False) and not part.scheme.carries_errors for part in low)
+    norms += sum(isinstance(part, _BatchNorm) and not isinstance(part, LowBitModule) for part in module.modules())
     if norms:
-        reasons.append(f"{norms} float batch norms between integer sums")
+        reasons.append(f"{norms} float batch norms")
     rectifiers = sum(isinstance(q, Quantizer) and not q.has_grid and q.site.role != "unit" for q in module.modules())
     if rectifiers:
         reasons.append(f"{rectifiers} float activations")
@@ -156,6 +164,7 @@ def sums_exact(layer: LowBitLayer) -> bool | None:
     if bias is not None:
         if layer.lowbit_bias is None:
             return False  # a float bias is no multiple of the products' unit
+        unit = unit if unit.numel() == 1 else per_channel(unit, layer.out_axis, layer.groups)
         bias_codes = layer.lowbit_bias.quantize(bias.detach()).double() / pow2(unit, torch.float64)
         if bool((bias_codes != bias_codes.round()).any()):
             return False

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.graph.ops import Kind
+from lightning_lowbit.graph.plan import Union
 from lightning_lowbit.modules.base import Milestone, Moment, Scheme, Site, UpdateRule
 from lightning_lowbit.modules.bias_calibration import calibrate_biases
 from lightning_lowbit.modules.clipped import ClipFormat, ClipQuantizer, RangeSync
@@ -205,6 +206,7 @@ class Jacinto(Scheme):
             self._option(site, "weight_bits"), bool(self.power2),
             self.per_channel == "all" or (self.per_channel == "depthwise" and site.depthwise),
             self.weight_shrink, self.weight_cap, bool(self.constrain_weights), bool(self.snap_weights_at_start),
+            self.dead_channels == "constant",
         )  # fmt: skip
 
     def _activations(self, site: Site) -> ClipFormat:
@@ -224,8 +226,11 @@ class Jacinto(Scheme):
 
     def tied(self, root: nn.Module, flow: Flow, plan: Plan) -> list[list[str]]:
         """What is joined has one grid; what is added has each its own."""
-        joined = {op.path for op in plan.ops if op.kind is Kind.CAT}
-        return [keys for path, keys in plan.operands.items() if path in joined and len(keys) > 1]
+        joined, union = {op.path for op in plan.ops if op.kind is Kind.CAT}, Union()
+        for path, keys in plan.operands.items():
+            if path in joined:
+                union.join(keys)
+        return union.groups({site.key: site for site in plan.sites})
 
     def connect(self, root: nn.Module, flow: Flow, plan: Plan) -> list[str]:
         require_matches(type(self), self.overrides, plan)

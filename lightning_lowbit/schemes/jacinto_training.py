@@ -48,6 +48,9 @@ class RangeRule(UpdateRule):
         for quantizer, mean in zip(self.ranges, clips, strict=True):
             quantizer.clips.copy_(mean)
 
+    def end_run(self) -> None:
+        self.milestone("freeze_batch_norm", False, 0)
+
     def milestone(self, what: str, reached: bool, when: int) -> None:
         if what == "freeze_ranges":
             for quantizer in self.ranges:

@@ -135,14 +135,15 @@ def test_a_bias_among_the_products_rounds_away_and_fits_its_bits(
 
 
 def products_follow_fractions(b: float, exponent: int, bits: int) -> None:
-    end = 1 << (bits - 1)
+    most = (1 << (bits - 1)) - 1
     exact = Fraction(b) * Fraction(2) ** exponent
-    away = math.floor(abs(exact) + Fraction(1, 2)) * (1 if exact > 0 else -1)
-    for dtype, digits in ((torch.float32, 24), (torch.float64, 53)):
+    shift = next(n for n in range(64) if abs(exact) <= most << n)
+    code = math.floor(abs(exact) / 2**shift + Fraction(1, 2)) * (1 if exact > 0 else -1)
+    for dtype in (torch.float32, torch.float64):
         got = products_bias(torch.tensor([b], dtype=dtype), torch.tensor(2.0**exponent), bits)
-        code = Fraction(got.item()) * Fraction(2) ** exponent
         assert got.dtype == dtype
-        assert code == max(min(away, end - max(1, end >> digits)), -end)
+        assert Fraction(got.item()) * Fraction(2) ** exponent == code << shift
+        assert abs(code) <= most
 
 
 def test_products_of_any_scale_give_the_code_back() -> None:
