@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable
@@ -254,3 +255,15 @@ def test_an_example_config_trains_and_its_checkpoint_validates(
     trained = last_accuracy(tmp_path / "runs" / name / "version_0")
     assert float(trained) > 0.8
     assert last_accuracy(tmp_path / "runs" / name / "version_1") == trained
+
+
+@pytest.mark.parametrize("name", sorted(registry()))
+def test_a_named_scheme_comes_with_its_own_defaults(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["fit", "--model", "lightning_lowbit.demos.DigitsCnn", "--quant.scheme", name, "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)["quant"]["scheme"]["init_args"]
+    fields = dataclasses.fields(registry()[name])
+    own = {
+        f.name: f.default for f in fields if f.default is not dataclasses.MISSING and not isinstance(f.default, tuple)
+    }
+    assert {option: printed[option] for option in own} == own

@@ -42,10 +42,11 @@ class RangeRule(UpdateRule):
             quantizer.begin_batch()
 
     def after_batch(self, context: StepContext) -> None:
-        if context.world == 1 or self.scheme.range_sync != "mean" or not self.ranges:
+        moving = [quantizer for quantizer in self.ranges if quantizer.follows]
+        if context.world == 1 or self.scheme.range_sync != "mean" or not moving:
             return
-        clips = context.reduce_mean(torch.stack([quantizer.clips for quantizer in self.ranges]))
-        for quantizer, mean in zip(self.ranges, clips, strict=True):
+        clips = context.reduce_mean(torch.stack([quantizer.clips for quantizer in moving]))
+        for quantizer, mean in zip(moving, clips, strict=True):
             quantizer.clips.copy_(mean)
 
     def end_run(self) -> None:
