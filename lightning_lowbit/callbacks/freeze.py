@@ -15,7 +15,7 @@ class Freeze(Setting):
 
     Args:
         at: when freezing begins: fraction of the run, epoch, "N steps"; None never freezes.
-        until: when the last one is frozen; None freezes all at once.
+        until: when the last one is frozen, for schemes that freeze one after the other; None freezes all at once.
     """
 
     def __init__(self, at: float | int | str | None, until: float | int | str | None = None) -> None:
@@ -24,7 +24,6 @@ class Freeze(Setting):
         self.at, self.until = at, until
 
     def configure(self, lifecycle: Lifecycle) -> None:
-        lifecycle.replace(
-            Milestone(self.at, "freeze_ranges"),
-            Milestone(self.at if self.until is None else self.until, "ranges_frozen"),
-        )
+        lifecycle.replace(Milestone(self.at, "freeze_ranges"))
+        if self.until is not None or any(m.what == "ranges_frozen" for m in lifecycle.scheme.milestones()):
+            lifecycle.replace(Milestone(self.at if self.until is None else self.until, "ranges_frozen"))

@@ -159,18 +159,23 @@ def classify(target: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | N
 
 
 def clips(target: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> tuple[float, float] | None:
-    """Between which two numbers a call clips its argument (hardtanh, clamp); None where it does something else."""
+    """Between which two numbers a hardtanh clips its argument; None of other calls.
+
+    A clamp is none: its bounds keep a network from accidents and say little of where its values are.
+    """
     if isinstance(target, nn.Hardtanh):
         return float(target.min_val), float(target.max_val)
-    hardtanh = target is F.hardtanh
-    if not hardtanh and (isinstance(target, nn.Module) or target not in (torch.clamp, "clamp", "clamp_")):
+    if target is not F.hardtanh:
         return None
-    names = ("min_val", "max_val") if hardtanh else ("min", "max")
-    given: dict[str, Any] = dict.fromkeys(names) | ({"min_val": -1.0, "max_val": 1.0} if hardtanh else {})
-    given |= {**dict(zip(names, args[1:], strict=False)), **(kwargs or {})}
-    low, high = (given[name] for name in names)
-    numbers = all(isinstance(bound, (int, float)) for bound in (low, high))
-    return (float(low), float(high)) if numbers else None
+    given = {
+        "min_val": -1.0,
+        "max_val": 1.0,
+        **dict(zip(("min_val", "max_val"), args[1:], strict=False)),
+        **(kwargs or {}),
+    }
+    bounds = given["min_val"], given["max_val"]
+    numbers = all(isinstance(bound, (int, float)) for bound in bounds)
+    return (float(bounds[0]), float(bounds[1])) if numbers else None
 
 
 def in_place(target: Any, kwargs: dict[str, Any]) -> bool:

@@ -34,7 +34,7 @@ class Site:
         multiplied: whether a converted layer reads it.
         read: whether a converted layer or a planned operation does.
         slot: name of the quantizer in its module.
-        clips: between what the operation itself clips its values (hardtanh), None where it does not.
+        clips: between what a hardtanh clips its values, None of anything else.
     """
 
     path: str

@@ -125,9 +125,11 @@ def claims(module: nn.Module, report: Summary) -> list[str]:
     if floats:
         reasons.append(f"{len(floats)} layers read floats ({floats[0]} first)")
     norms = sum(getattr(part, "island", False) and not part.scheme.carries_errors for part in low)
-    norms += sum(isinstance(part, _BatchNorm) and not isinstance(part, LowBitModule) for part in module.modules())
     if norms:
-        reasons.append(f"{norms} float batch norms")
+        reasons.append(f"{norms} float batch norms between integer sums")
+    kept = sum(isinstance(part, _BatchNorm) and not isinstance(part, LowBitModule) for part in module.modules())
+    if kept:
+        reasons.append(f"{kept} float batch norms")
     rectifiers = sum(isinstance(q, Quantizer) and not q.has_grid and q.site.role != "unit" for q in module.modules())
     if rectifiers:
         reasons.append(f"{rectifiers} float activations")

@@ -265,7 +265,6 @@ class Jacinto(Scheme):
         return (
             Milestone(self.freeze_batch_norm, "freeze_batch_norm"),
             Milestone(self.freeze_ranges, "freeze_ranges"),
-            Milestone(self.freeze_ranges, "ranges_frozen"),
         )
 
     def activation_bits(self) -> int:

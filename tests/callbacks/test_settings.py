@@ -104,3 +104,9 @@ def test_what_a_scheme_does_not_schedule_is_refused_by_name(tmp_path: Path) -> N
     run = trainer(tmp_path, QuantCallback("niti"), Freeze(1))
     with pytest.raises(ConfigError, match=r"schedules nothing of that name, but mu\[0\]=5, .*Leave the callback out"):
         run.fit(seeded_net(), loader())
+
+
+def test_an_end_of_freezing_is_refused_where_all_ranges_freeze_at_once(tmp_path: Path) -> None:
+    trainer(tmp_path, QuantCallback("jacinto", start=0), Freeze("5 steps")).fit(seeded_net(), loader(), loader())
+    with pytest.raises(ConfigError, match="ranges_frozen=.*schedules nothing of that name"):
+        history(tmp_path, QuantCallback("jacinto", start=0), Freeze("5 steps", until="8 steps"))

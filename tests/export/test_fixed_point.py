@@ -302,7 +302,7 @@ def test_sums_that_int32_may_not_hold() -> None:
     with torch.no_grad():
         net[0].bias.fill_(1e9)
     convert(net, F8Net(clip=False), torch.randn(2, 3, 8, 8))
-    with pytest.raises(InvariantError, match=r"0: its sums can reach 2\d{9}, expected at most 2147483647"):
+    with pytest.raises(InvariantError, match=r"0: its sums can reach \d{14}, expected at most 2147483647"):
         integer_unit(net.eval()[0])
     wide = nn.Sequential(nn.Linear(64, 4), nn.ReLU(), nn.Linear(4, 2))
     convert(wide, F8Net(bits=16), torch.randn(8, 64))

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import pickle
+import shutil
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from schemes.jacinto_nets import chain, clips, converted, images, labels, layers, off, reach, train
+from schemes.jacinto_nets import chain, clips, converted, images, labels, layers, off, reach, seen, train
 from torch import Tensor, nn
+from torch.nn.utils.prune import l1_unstructured
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lowbit import convert
+from lightning_lowbit.modules.calibrate import calibrate
 from lightning_lowbit.modules.clipped import ClipQuantizer
 from lightning_lowbit.modules.layers import LowBitLayer
 from lightning_lowbit.modules.revert import revert
@@ -197,11 +200,39 @@ def test_a_compiled_forward_gives_the_same_bits_and_is_traced_once() -> None:
             return graph
 
         run = torch.compile(net, backend=count) if compiled else net
-        seen = []
+        made = []
         for step in range(3):
             run(images(seed=step, gain=1.5)).square().sum().backward()
-            seen.append(len(graphs))
-        assert seen[1] == seen[2]
+            made.append(len(graphs))
+        assert made[1] == made[2]
         results.append([*net.state_dict().values(), *(p.grad for p in net.parameters())])
         assert all(layer.group.end is not None for layer in layers(net).values())
     assert [n for n, (a, b) in enumerate(zip(*results, strict=True)) if not torch.allclose(a, b, 1e-5, 1e-6)] == []
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # of torch's own compiler
+def test_a_compiled_forward_calibrates_as_an_eager_one() -> None:
+    found = []
+    for compiled in (False, True):
+        torch._dynamo.reset()  # type: ignore[no-untyped-call]  # torch does not type it
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 2))
+        convert(net, "jacinto")
+        run = torch.compile(net) if compiled else net
+        calibrate(net, lambda run=run: len([run(images(8, 4, seed=seed, gain=1.0 + seed)) for seed in range(4)]))
+        found.append([*net.state_dict().values()])
+        assert {float(quantizer.batches) for quantizer in clips(net).values()} == {3}
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_pruned_layer_s_outliers_are_clipped_for_good() -> None:
+    net = seen(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)), images())
+    with torch.no_grad():
+        net[0].weight[0, 0, 0, 0] = 100.0
+    l1_unstructured(net[0], "weight", 0.1)
+    with pytest.warns(UserWarning, match="0: merged weights up to 100.*clipped to"):
+        convert(net, "jacinto", images())
+    net(images())
+    assert float(net[0].weight.detach().abs().max()) < 30
+    assert float(net[0].weight_orig.detach().abs().max()) < 30

@@ -9,9 +9,23 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from schemes.jacinto_nets import Wired, chain, clips, converted, images, layers, merged_by, off, reach, report_of, seen
+from schemes.jacinto_nets import (
+    Wired,
+    chain,
+    clips,
+    converted,
+    images,
+    layers,
+    merged_by,
+    off,
+    reach,
+    report_of,
+    rule,
+    seen,
+)
 from torch import Tensor, nn
 
+from lightning_lowbit.modules.base import Tally
 from lightning_lowbit.modules.clipped import ClipQuantizer
 from lightning_lowbit.schemes import convert
 
@@ -83,10 +97,17 @@ def test_relu6_ends_at_6_in_training_and_evaluation() -> None:
 
 @pytest.mark.parametrize("bounds", [None, (-2.0, 2.0), (0.0, 6.0)], ids=str)
 def test_hardtanh_is_a_fixed_range(bounds: Any) -> None:
-    net = faithful(between(F.hardtanh if bounds is None else lambda x: torch.clamp(x, *bounds)))
+    net = faithful(between(F.hardtanh if bounds is None else lambda x: F.hardtanh(x, *bounds)))
     quantizer = clips(net)["lowbit_activation.lowbit_output"]
     assert quantizer.fixed == (bounds or (-1.0, 1.0))
     assert merged_by(net) == {"a": None, "b": "b.lowbit_output"}  # its sums reach the clip as they are
+
+
+def test_a_clamp_makes_no_range() -> None:
+    net = faithful(between(lambda x: torch.clamp(x, -64504.0, 64504.0)))
+    quantizer = clips(net)["lowbit_activation.lowbit_output"]
+    assert quantizer.fixed is None
+    assert quantizer.limits().high < 100
 
 
 @pytest.mark.parametrize("name", ["silu", "gelu", "sigmoid", "leaky_relu", "tanh"])
@@ -280,10 +301,18 @@ def test_fused_and_unfused_evaluation_are_equal(options: dict[str, Any]) -> None
     assert torch.equal(net(x), apart(x))  # also where gradients are recorded
 
 
+def test_what_a_rectifier_cuts_off_is_no_saturation() -> None:
+    net = converted(chain())
+    net[0].switch.tally = tally = Tally()
+    with torch.no_grad():
+        net(images())
+    net[0].switch.tally = None
+    shares = [tally.share(f"{path}.lowbit_output") for path in "25"]
+    assert all(share is not None and share < 0.02 for share in shares)
+
+
 def test_every_quantizer_and_norm_is_the_rule_s() -> None:
     """What the rule does not find would never freeze, nor be shared by processes."""
-    from schemes.jacinto_nets import rule
-
     net = converted(nn.Sequential(
         nn.BatchNorm2d(3), nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU(),
         nn.AvgPool2d(2), nn.Conv2d(8, 4, 1), nn.Sigmoid(), nn.Conv2d(4, 4, 1),
