@@ -108,5 +108,5 @@ def test_what_a_scheme_does_not_schedule_is_refused_by_name(tmp_path: Path) -> N
 
 def test_an_end_of_freezing_is_refused_where_all_ranges_freeze_at_once(tmp_path: Path) -> None:
     trainer(tmp_path, QuantCallback("jacinto", start=0), Freeze("5 steps")).fit(seeded_net(), loader(), loader())
-    with pytest.raises(ConfigError, match="ranges_frozen=.*schedules nothing of that name"):
+    with pytest.raises(ConfigError, match=r"ranges_frozen=.*schedules nothing of that name"):
         history(tmp_path, QuantCallback("jacinto", start=0), Freeze("5 steps", until="8 steps"))
