@@ -203,8 +203,8 @@ def _name_if_default(scheme: Any) -> Any:
     the parser hands them over, the defaults would contradict a checkpoint with other ones.
     """
     for name, cls in registry().items():
-        fields = dataclasses.fields(cast("Any", cls))
-        if type(scheme) is cls and all(repr(getattr(scheme, field.name)) == _default(field) for field in fields):
+        required = any(_default(field) == "(required)" for field in dataclasses.fields(cast("Any", cls)))
+        if type(scheme) is cls and not required and scheme == cls():  # what stands for others is spent in both
             return name
     return scheme
 

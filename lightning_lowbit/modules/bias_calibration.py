@@ -17,7 +17,7 @@ __all__ = ["calibrate_biases"]
 
 
 def calibrate_biases(root: nn.Module, run: Callable[[], int], rate: float, all_reduce: AllReduce) -> None:
-    """bias += rate * (mean_float - mean_quantized), batch by batch, each channel for itself (section 8 of the scheme).
+    """bias += rate * (mean_float - mean_quantized), batch by batch, each channel for itself.
 
     Two passes over the same batches. What is compared are sums before rectifier and quantizer, batch norm merged; the
     weights of the second pass are the quantized ones, and a correction acts from the next batch on. It goes to the

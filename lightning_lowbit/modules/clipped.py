@@ -37,9 +37,9 @@ class ClipFormat:
         rounding: tie rule.
         percent: of the values that may fall off each end of a batch's range.
         floor: least share of a batch in the running mean.
-        subsample: every how many rows and columns of a map are looked at; the batch's number says which.
+        subsample: every how many rows and columns of a large map are looked at; ``batches`` says which.
         sync: how processes share ranges: their mean behind each batch, one histogram in each batch, or not.
-        batch_ranges: training clips by the range of the batch itself.
+        batch_ranges: training clips by the range of the batch itself, but for tensors that share one (concats).
     """
 
     bits: int = 8
@@ -54,7 +54,7 @@ class ClipFormat:
 
 
 class ClipQuantizer(Quantizer):
-    """A tensor clipped to an estimated range (section 2 of the scheme's description in docs/jacinto.md).
+    """A tensor clipped to an estimated range (docs/jacinto.md, section 1).
 
         n += 1;  u = max(1 / max(n, 1), floor);  clips = (1 - u) clips + u range(x)      in training, n from -1
         A = ceil2(max |clips|);  y = clip(round(x s), qmin, qmax) / s                    s = codes / A
@@ -74,13 +74,13 @@ class ClipQuantizer(Quantizer):
         skipped: batches with NaN or infinite values since it was last told, not saved.
         frozen: whether the range stands still.
         calls: how often a forward comes by; the batch's range is that of all calls, and moves behind the last.
+        used: limits of the last training batch, where it clips by its own range.
         fused: whether the layer before it does its work, together with its own (modules.merging).
     """
 
     clips: Tensor
     batches: Tensor
     skipped: Tensor
-    used: Limits  # by the last training batch, where it clips by its own range
 
     def __init__(
         self, site: Site, form: ClipFormat, fixed: tuple[float, float] | None = None, signed: bool | None = None
@@ -94,9 +94,10 @@ class ClipQuantizer(Quantizer):
         )
         self.register_buffer("batches", torch.tensor(-1.0))
         self.register_buffer("skipped", torch.zeros(()), persistent=False)
-        self.__dict__["watched"] = None
+        self.watched: _Watched | None = None  # in calibration
         self.frozen = self.fused = False
         self.calls, self.passed = 1, 0
+        self.used: Limits | None = None
         self.pending: list[Tensor] = []
 
     # -- the grid -----------------------------------------------------------------------------------------
@@ -171,7 +172,7 @@ class ClipQuantizer(Quantizer):
     @torch.no_grad()
     def follow(self, x: Tensor) -> Limits:
         """Take one training batch into the running range; its limits from then on."""
-        if self.training and in_backward() and self.form.batch_ranges:
+        if self.follows and in_backward() and self.used is not None:
             return self.used  # a checkpointed block runs again: as it did
         if not self.training or in_backward():
             return self.limits()
@@ -189,7 +190,7 @@ class ClipQuantizer(Quantizer):
         self.skipped.add_(1 - known.to(self.skipped.dtype))
         share = (1 / self.batches.clamp(min=1)).clamp(min=self.form.floor)
         self.clips.copy_((1 - share) * self.clips + share * seen)
-        if self.form.batch_ranges:
+        if self.form.batch_ranges and len(self.group) == 1:
             self.used = limits_of(seen, self.flag, self.bits, self.form.power2, self.form.symmetric)
             return self.used
         return self.limits()
@@ -229,8 +230,11 @@ class ClipQuantizer(Quantizer):
         n = self.form.subsample
         if n == 1 or x.dim() != 4 or min(x.shape[2:]) <= 4:
             return x
-        start = self.switch.run.batch
-        return x[:, :, start % n :: n, start // n % n :: n]
+        number = self.batches.clamp(min=0).long()  # of the device: a Python number would be compiled anew
+        for axis, shift in ((2, number), (3, number // n)):
+            places = torch.arange(0, x.shape[axis] - n + 1, n, device=x.device) + shift % n
+            x = x.index_select(axis, places)
+        return x
 
     def settle(self, reset: bool) -> None:
         if bool(self.skipped > 0):
@@ -244,25 +248,20 @@ class ClipQuantizer(Quantizer):
     # -- calibration --------------------------------------------------------------------------------------
     def observe(self, x: Tensor) -> None:
         watched = self.watched or _Watched(x.new_zeros(2), hist=self.form.sync == "hist")
-        self.__dict__["watched"] = watched
+        self.watched = watched
         watched.observe(self._part(x), self.form, self.calls)
 
-    @property
-    def watched(self) -> _Watched | None:
-        found: _Watched | None = self.__dict__["watched"]
-        return found
-
     def forget(self) -> None:
-        self.__dict__["watched"] = None
+        self.watched = None
 
     def close_pass(self, all_reduce: AllReduce) -> bool:
         again = self.form.sync == "hist" and self.form.percent > 0
         for member in self.group:
             if isinstance(member, ClipQuantizer):
                 watched = member.watched or _Watched(member.clips.new_zeros(2), hist=self.form.sync == "hist")
-                member.__dict__["watched"] = watched
+                member.watched = watched
                 watched.reduce(all_reduce, again)
-                member.require_finite(int(not bool(torch.isfinite(watched.clips).all())))
+                member.require_finite(watched.spoiled)
         return again
 
     def commit(self, all_reduce: AllReduce) -> None:
@@ -298,6 +297,7 @@ class _Watched:
         hist: which of the two.
         number: batches but one, as ``ClipQuantizer.batches``.
         counts: the histogram, in a second pass.
+        spoiled: values that were NaN or infinite.
     """
 
     clips: Tensor
@@ -305,6 +305,7 @@ class _Watched:
     number: int = -1
     counts: Tensor | None = None
     reduced: bool = False
+    spoiled: int = 0
     pending: list[Tensor] = field(default_factory=list)  # of the calls of one batch
 
     def observe(self, x: Tensor, form: ClipFormat, calls: int) -> None:
@@ -314,6 +315,7 @@ class _Watched:
             self.counts = found if self.counts is None else self.counts + found
             return
         seen = percentile_range(x, 0.0 if self.hist else form.percent)
+        self.spoiled += 0 if bool(torch.isfinite(seen).all()) else int((~torch.isfinite(x)).sum())
         self.pending.append(seen)
         if len(self.pending) < calls:
             return
@@ -332,6 +334,7 @@ class _Watched:
     def reduce(self, all_reduce: AllReduce, again: bool) -> None:
         """Over processes: the mean of those that saw something, or the ends of them all; ``again``: to be counted."""
         self.reduced = True
+        self.spoiled = int(all_reduce(self.clips.new_tensor(float(self.spoiled)), "sum"))
         seen = float(self.number >= 0)
         if self.hist:
             ends = self.clips * self.clips.new_tensor([-1, 1]) if seen else torch.full_like(self.clips, -torch.inf)

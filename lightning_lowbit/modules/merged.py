@@ -129,8 +129,8 @@ class MergedWeight(Quantizer):
             weight, form.bits, power2=form.power2, per_channel=form.per_channel, out_axis=layer.out_axis,
             groups=layer.groups, percent=form.percent, cap=form.cap,
         )  # fmt: skip
-        source = _limits_of(layer)
-        if self.bias == "tidl_scale" and bias is not None and source is not None:
+        source = _limits_of(layer) if self.bias == "tidl_scale" else None
+        if source is not None and bias is not None:
             limits, bits = source
             scale = reduce_weight_scale(scale, bias, limits.low, limits.high, form.bits, bits)
         return scale
@@ -151,7 +151,7 @@ class MergedWeight(Quantizer):
     def mask(self, weight: Tensor, scale: Tensor) -> Tensor | None:
         """Where the merged weight lies inside its range; None where that is everywhere by construction."""
         narrower = self.form.percent > 0 or self.form.cap is not None
-        return inside(weight.detach(), scale, self.form.bits).bool() if narrower else None
+        return inside(weight.detach(), scale, self.form.bits) if narrower else None
 
     def _present_scale(self) -> Tensor:
         weight, bias = self.layer.in_evaluation()
@@ -165,7 +165,7 @@ class MergedWeight(Quantizer):
         return _grid(self.form.bits, scale, self.form.power2, self.layer.out_axis)
 
     def saturated(self, x: Tensor) -> Tensor:
-        return (~inside(x.detach(), self.scale(x.detach()), self.form.bits).bool()).sum()
+        return (~inside(x.detach(), self.scale(x.detach()), self.form.bits)).sum()
 
     def factor(self) -> Tensor | None:
         """What the batch norm's moving statistics multiply the weight with, shaped to; None without one."""
@@ -236,7 +236,7 @@ class MergedWeight(Quantizer):
 
 
 class MergedBias(Quantizer):
-    """The merged bias by one of the accelerators' rules (section 5 of the scheme's description in docs/jacinto.md).
+    """The merged bias by one of the accelerators' rules (docs/jacinto.md, section 2).
 
     int32: on the grid of the products. own: weight_bits on a grid of its own. tidl: that, then what an extra weight
     times a constant input can hold, where the input's range is known. tidl_scale: own, and weights give way to it.
@@ -284,10 +284,11 @@ class MergedBias(Quantizer):
         source = _limits_of(self.layer)
         if source is None or self.rule in ("own", "tidl_scale"):
             return own_scale(bias.detach(), self.bits, self.power2)
-        products = source[0].scale * self.layer.lowbit_weight.scale(weight.detach(), bias)
+        scale = self.layer.lowbit_weight.scale(weight.detach(), bias)
+        products = source[0].scale * per_channel(scale, self.layer.out_axis, self.layer.groups)
         if self.rule == "int32":
             return holding_scale(bias.detach(), products)
-        return per_channel(products, self.layer.out_axis, self.layer.groups)
+        return products
 
     def exponent(self) -> Tensor:
         return -ceil_log2(self.codes_per_unit())

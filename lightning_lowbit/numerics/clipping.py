@@ -7,7 +7,7 @@ rounding is straight-through and only the clip itself stops a gradient. Nothing 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ class Limits:
         scale: codes in one unit: 1 / step.
         qmin, qmax: first and last code.
         zero_point: the code of 0.
+        host: the same as Python floats, where they are known.
     """
 
     low: Tensor
@@ -55,10 +56,11 @@ class Limits:
     qmin: Tensor
     qmax: Tensor
     zero_point: Tensor
+    host: HostLimits | None = None
 
     def to_host(self) -> HostLimits:
         """The same as Python floats; waits for the device."""
-        return HostLimits(*(float(getattr(self, field.name)) for field in fields(self)))
+        return self.host or HostLimits(*map(float, _numbers(self)))
 
 
 @torch.no_grad()
@@ -90,11 +92,29 @@ def limits_of(clips: Tensor, signed: bool | None, bits: int, power2: bool = True
     HostLimits(low=-1.0, high=6.96875, scale=32.0, qmin=0.0, qmax=255.0, zero_point=32.0)
     """
     clips = clips.detach()
+    if power2 and symmetric and eager_cpu(clips):
+        low, high = clips.tolist()
+        if math.isfinite(low) and math.isfinite(high):
+            host = _power_of_two_limits(low, high, signed, bits)
+            c = clips.new_tensor(astuple(host)).unbind()
+            return Limits(c[0], c[1], c[2], c[3], c[4], c[5], host)
     if torch.compiler.is_compiling():  # one call in the graph, for what is read by every element
         packed = torch.ops.lightning_lowbit.clip_limits(clips, signed, bits, power2, symmetric)
     else:
         packed = _limits(clips, signed, bits, power2, symmetric)
     return Limits(*packed.unbind())
+
+
+def _power_of_two_limits(low: float, high: float, signed: bool | None, bits: int) -> HostLimits:
+    """The symmetric rows of the table on the host: a fifth of the time of operations on tensors of one number."""
+    negative = low < 0 if signed is None else signed
+    reach = max(abs(high), abs(low) if negative else 0.0, _FLOOR)
+    mantissa, exponent = math.frexp(reach)
+    a = min(math.ldexp(1.0, exponent - (mantissa == 0.5)), 2.0**127)
+    half = 2.0 ** (bits - 1)
+    if negative:
+        return HostLimits(-a, a, half / a, -half, half - 1, 0.0)
+    return HostLimits(0.0, a, 2 * half / a, 0.0, 2 * half - 1, 0.0)
 
 
 def _limits(clips: Tensor, signed: bool | None, bits: int, power2: bool, symmetric: bool) -> Tensor:
@@ -218,9 +238,12 @@ def _mask(x: Tensor, low: float, high: float) -> Tensor:
     size, total = _SLICE * torch.get_num_threads(), 0.0
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     one, bounds = torch.ones((), dtype=dtype), _around(low, high, dtype)
-    for x_i, mask_i in zip(slices(x, size), slices(mask, size), strict=True):
+    parts = slices(x, size)
+    inside = torch.empty_like(parts[0], dtype=dtype)
+    for x_i, mask_i in zip(parts, slices(mask, size), strict=True):
         z = _wide(x_i)
-        mask_i.copy_(torch.ops.aten.hardtanh_backward(one, z, *bounds))
+        inside = inside if z.shape == inside.shape else inside[: z.numel()]
+        mask_i.copy_(torch.ops.aten.hardtanh_backward.grad_input(one, z, *bounds, grad_input=inside))
         total += float(z.sum())  # only to notice a NaN, which is outside
     return mask if math.isfinite(total) else ((x >= low) & (x <= high)).to(torch.int8)
 
@@ -253,7 +276,7 @@ class _Lean(torch.autograd.Function):
         dx = torch.empty_like(g)
         size = _SLICE * torch.get_num_threads()
         for g_i, mask_i, dx_i in zip(slices(g, size), slices(mask, size), slices(dx, size), strict=True):
-            torch.mul(g_i, mask_i.to(g.dtype), out=dx_i)
+            torch.mul(dx_i.copy_(mask_i), g_i, out=dx_i)
         return dx.to(ctx.dtype), *[None] * 5
 
 

@@ -141,20 +141,20 @@ def _quantize(w: Tensor, scale: Tensor, bits: int, out: Tensor) -> Tensor:
 
 
 def inside(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """1 where -A <= w <= A for A = 2^(bits-1) / scale, else 0: where the gradient of a quantized weight passes.
+    """Whether -A <= w <= A for A = 2^(bits-1) / scale: where the gradient of a quantized weight passes.
 
     The limit itself is inside, though its code saturates: a range taken from max |w| excludes nothing. NaN is
     outside.
 
     Returns:
-        numbers to multiply with, dtype of scale, shape of weight.
+        bool, shape of weight.
 
     >>> inside(torch.tensor([-1.01, -1.0, 0.0, 1.0, 1.01]), torch.tensor(8.0), 4).tolist()
-    [0.0, 1.0, 1.0, 1.0, 0.0]
+    [False, True, True, True, False]
     """
     # In codes, as quantize_weight multiplies: where A is no power of two, 128 / (128 / A) may fall short of A.
     codes = weight.detach().to(scale.dtype) * scale
-    return codes.abs_().le_(2.0 ** (bits - 1))
+    return codes.abs_() <= 2.0 ** (bits - 1)
 
 
 def constrain_weight(weight: Tensor) -> Tensor:

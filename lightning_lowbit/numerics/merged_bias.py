@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_lowbit.numerics.exponent import ceil2
 from lightning_lowbit.numerics.merged import covered_range, quantize_weight
 from lightning_lowbit.numerics.rounding import Rounding, round_to
+from lightning_lowbit.numerics.ste import eager_cpu
 
 __all__ = ["holding_scale", "own_scale", "products_bias", "quantize_bias", "reduce_weight_scale", "saturate_bias"]
 
@@ -57,7 +58,7 @@ def saturate_bias(
         bias_q: [out], on its own grid.
         bias_scale: s_b, codes per unit of that grid.
         input_low, input_high: limits of the layer's input, 0-dim, input_high > 0.
-        weight_scale: s_w, 0-dim or as :func:`lightning_lowbit.numerics.merged.weight_scale` shapes it per channel.
+        weight_scale: s_w, 0-dim or [out].
         weight_bits: width of weights and bias.
         act_bits: width of the input's codes.
     Returns:
@@ -72,7 +73,7 @@ def saturate_bias(
     half = 2.0 ** (weight_bits - 1)
     signed = input_low < 0
     s_x = _input_scale(signed, input_high, act_bits)
-    j = s_x * _per_output(weight_scale, bias_q)
+    j = s_x * weight_scale
     q = torch.where(signed, half - 1, 2 * half - 1).to(j.dtype)
     products = bias_q * j
     # The published rule limits the products to 2 weight_bits signed bits first, which this clamp implies.
@@ -109,7 +110,7 @@ def holding_scale(bias: Tensor, products_scale: Tensor, bits: int = 32) -> Tenso
 
     Args:
         bias: [out].
-        products_scale: J, codes per unit, 0-dim or shaped as a weight scale per channel.
+        products_scale: J, codes per unit, 0-dim or [out].
     Returns:
         0-dim or [out], float64.
 
@@ -117,10 +118,12 @@ def holding_scale(bias: Tensor, products_scale: Tensor, bits: int = 32) -> Tenso
     25.0
     """
     b = _computed(bias).to(torch.float64)
-    j = _per_output(products_scale, b).to(torch.float64)
-    largest = (b * j).abs()
+    j = products_scale.to(torch.float64)
+    largest, most = (b * j).abs(), 2.0 ** (bits - 1) - 1
     largest = largest.amax() if j.dim() == 0 else largest
-    return j / ceil2((largest / (2.0 ** (bits - 1) - 1)).clamp(min=1.0))
+    if largest.dim() == 0 and eager_cpu(b) and float(largest) <= most:  # nearly always, and half of the work
+        return j
+    return j / ceil2((largest / most).clamp(min=1.0))
 
 
 def products_bias(bias: Tensor, products_scale: Tensor, bits: int = 32) -> Tensor:
@@ -132,7 +135,7 @@ def products_bias(bias: Tensor, products_scale: Tensor, bits: int = 32) -> Tenso
 
     Args:
         bias: [out]; half-precision types are computed in float32.
-        products_scale: J, codes per unit, 0-dim or shaped as a weight scale per channel.
+        products_scale: J, codes per unit, 0-dim or [out].
         bits: width of a code.
     Returns:
         [out], float64 for a float64 bias, else float32.
@@ -150,17 +153,6 @@ def products_bias(bias: Tensor, products_scale: Tensor, bits: int = 32) -> Tenso
 def _input_scale(signed: Tensor, high: Tensor, act_bits: int) -> Tensor:
     """Codes per unit of the layer's input."""
     return torch.where(signed, 2.0 ** (act_bits - 1), 2.0**act_bits).to(high.dtype) / high
-
-
-def _per_output(scale: Tensor, bias: Tensor) -> Tensor:
-    """A scale that broadcasts against a weight as one that broadcasts against its bias [out]."""
-    if scale.numel() == 1:
-        return scale.reshape(())
-    if scale.numel() == bias.numel():
-        return scale.reshape(-1)
-    # A transposed convolution with groups: [in, out / groups, 1, ...], the rows of one group being equal.
-    groups = bias.numel() // scale.shape[1]
-    return scale.reshape(groups, -1, scale.shape[1])[:, 0].reshape(-1)
 
 
 def _computed(b: Tensor) -> Tensor:

@@ -83,10 +83,21 @@ def difference(saved: Scheme, here: Scheme) -> str:
     """Where two schemes differ, for messages: ``Tqt(act_bits=8), this callback has act_bits=4``."""
     options = getattr(saved, "__dataclass_fields__", {})
     if type(saved) is not type(here) or not options:
-        return f"{saved}, this callback has {here}"
+        return f"{_brief(saved)}, this callback has {_brief(here)}"
     names = [name for name in options if getattr(saved, name) != getattr(here, name)]
     theirs, ours = (", ".join(f"{name}={getattr(s, name)!r}" for name in names) for s in (saved, here))
     return f"{type(saved).__name__}({theirs}), this callback has {ours}"
+
+
+def _brief(scheme: Scheme) -> str:
+    """A scheme with the options that are not its defaults."""
+    fields: dict[str, Any] = getattr(scheme, "__dataclass_fields__", {})
+    try:
+        plain: Any = type(scheme)()
+    except TypeError:  # an option without a default
+        return str(scheme)
+    given = [f"{n}={getattr(scheme, n)!r}" for n in fields if getattr(scheme, n) != getattr(plain, n)]
+    return f"{type(scheme).__name__}({', '.join(given)})"
 
 
 def compare_spec(spec: Mapping[str, Any], model: nn.Module) -> None:

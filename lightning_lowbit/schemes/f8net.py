@@ -21,7 +21,7 @@ from lightning_lowbit.modules.layers import LowBitLayer
 from lightning_lowbit.modules.moments import check_moment
 from lightning_lowbit.modules.quantizer import Quantizer
 from lightning_lowbit.numerics.fraclen_choice import METRICS, SELECTORS
-from lightning_lowbit.schemes.options import check_choice
+from lightning_lowbit.schemes.options import check_bits, check_choice
 
 if TYPE_CHECKING:
     from lightning_lowbit.graph.network import Flow
@@ -104,9 +104,7 @@ class F8Net(Scheme):
         for option in ("weight_bits", "act_bits"):
             if getattr(self, option) is None:
                 object.__setattr__(self, option, base)
-            bits = getattr(self, option)
-            if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 16:
-                raise ConfigError(f"F8Net({option}={bits!r}): expected an integer from 2 to 16.")
+            check_bits(type(self), option, getattr(self, option))
         object.__setattr__(self, "bits", None)  # spent: two ways to say the same are equal
         for option in ("weight_select", "select"):
             if getattr(self, option) not in SELECTORS:

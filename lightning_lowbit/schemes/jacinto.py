@@ -23,7 +23,7 @@ from lightning_lowbit.modules.moments import check_moment
 from lightning_lowbit.modules.quantizer import Quantizer
 from lightning_lowbit.numerics.rounding import Rounding
 from lightning_lowbit.schemes.jacinto_presets import DEFAULTS, settings_of
-from lightning_lowbit.schemes.options import check_choice, each_override, require_matches
+from lightning_lowbit.schemes.options import check_bits, check_choice, each_override, require_matches
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,7 +59,7 @@ class Jacinto(Scheme):
         range_floor: least share of a batch in the running range; above 1 / share batches it is a moving average.
         range_subsample: look at every n-th row and column of large maps only.
         range_sync: how processes share ranges: "mean" behind each batch, "hist" one histogram in each, or "none".
-        batch_ranges: training clips by each batch's own range.
+        batch_ranges: training clips by each batch's own range, but for concats.
         weight_shrink: percent of the weights that may fall off each end of their range.
         weight_cap: largest range of weights.
         act_range: one fixed range for all activations, 0 or its negative to it.
@@ -130,7 +130,7 @@ class Jacinto(Scheme):
 
     def _check(self) -> None:
         for option in ("weight_bits", "act_bits"):
-            _check_bits(option, getattr(self, option))
+            check_bits(type(self), option, getattr(self, option))
         for option in (
             "per_channel", "range_sync", "ste_weights", "bn_value", "bias", "act_round", "dead_channels", "avgpool",
         ):  # fmt: skip
@@ -161,7 +161,7 @@ class Jacinto(Scheme):
             )
         for pattern, option, value in each_override(type(self), self.overrides, _OVERRIDABLE):
             if option.endswith("bits"):
-                _check_bits(f"overrides[{pattern!r}].{option}", value)
+                check_bits(type(self), f"overrides[{pattern!r}].{option}", value)
             elif option == "range":
                 _fixed(value, pattern)
             elif value not in (True, False, None):
@@ -275,11 +275,6 @@ class Jacinto(Scheme):
 def _unset(option: str) -> str | None:
     """What stands for not given; None says never for a moment."""
     return "auto" if option.startswith("freeze_") else None
-
-
-def _check_bits(option: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not 2 <= value <= 16:
-        raise ConfigError(f"Jacinto({option}={value!r}): expected an integer from 2 to 16.")
 
 
 def _check_number(option: str, value: Any, low: float, high: float) -> None:

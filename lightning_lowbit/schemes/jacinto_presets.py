@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from lightning_lowbit.errors import ConfigError
+from lightning_lowbit.errors import ConfigError, nearest
 
 __all__ = ["DEFAULTS", "PRESETS", "settings_of"]
 
@@ -52,11 +52,11 @@ def settings_of(preset: str) -> dict[str, Any]:
     """
     if preset in PRESETS:
         return dict(PRESETS[preset])
-    found = _FORMAT.fullmatch(preset)
+    found = _FORMAT.fullmatch(str(preset))
     if found is None:
         raise ConfigError(
-            f"Jacinto(preset={preset!r}): expected {', '.join(PRESETS)}, or a format such as 'WT8SYMP2_AT8SYMP2', "
-            "'WC8_AT8', 'WC4_AT8', 'WC4M4_AT8'."
+            f"Jacinto(preset={preset!r}): expected a preset, or a format such as 'WT8SYMP2_AT8SYMP2', 'WC8_AT8', "
+            f"'WC4_AT8', 'WC4M4_AT8'.{nearest(str(preset), PRESETS)}"
         )
     if (found["weight_power2"] is None) != (found["act_power2"] is None):
         raise ConfigError(

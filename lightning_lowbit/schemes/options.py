@@ -11,7 +11,7 @@ from lightning_lowbit.errors import ConfigError, nearest
 if TYPE_CHECKING:
     from lightning_lowbit.graph.plan import Plan
 
-__all__ = ["check_choice", "each_override", "require_matches"]
+__all__ = ["check_bits", "check_choice", "each_override", "require_matches"]
 
 
 def check_choice(cls: type[Any], option: str, value: Any) -> None:
@@ -22,6 +22,14 @@ def check_choice(cls: type[Any], option: str, value: Any) -> None:
         choices = ", ".join(map(repr, allowed))
         raise ConfigError(
             f"{cls.__name__}({option}={value!r}): not one of {choices}.{nearest(str(value), map(str, allowed))}"
+        )
+
+
+def check_bits(cls: type[Any], option: str, value: Any) -> None:
+    """ConfigError where ``value`` is no width from 2 to 16: one signed bit leaves only -1 and 0."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 2 <= value <= 16:
+        raise ConfigError(
+            f"{cls.__name__}({option}={value!r}): expected an integer from 2 to 16 (one signed bit: only -1 and 0)."
         )
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import nn
 
-from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.modules.base import Milestone, Moment, Scheme, Site, UpdateRule
 from lightning_lowbit.modules.moments import check_moment
 from lightning_lowbit.modules.quantizer import Quantizer
@@ -19,7 +18,7 @@ from lightning_lowbit.modules.thresholds import (
     ThresholdQuantizer,
 )
 from lightning_lowbit.numerics.rounding import Rounding
-from lightning_lowbit.schemes.options import check_choice, each_override, require_matches
+from lightning_lowbit.schemes.options import check_bits, check_choice, each_override, require_matches
 
 if TYPE_CHECKING:
     from lightning_lowbit.graph.network import Flow
@@ -107,11 +106,11 @@ class Tqt(Scheme):
         for option in (*_OVERRIDABLE, "first_last_weight_bits", "bias_bits"):
             value = getattr(self, option)
             if value is not None:
-                _check_bits(option, value)
+                check_bits(type(self), option, value)
         for option in ("warmup", "freeze_batch_norm", "freeze_thresholds", "freeze_thresholds_end"):
             check_moment(f"Tqt: {option}", getattr(self, option))
         for pattern, option, value in each_override(type(self), self.overrides, _OVERRIDABLE):
-            _check_bits(f"overrides[{pattern!r}].{option}", value)
+            check_bits(type(self), f"overrides[{pattern!r}].{option}", value)
         for option in (
             "mode",
             "weight_init",
@@ -220,10 +219,3 @@ class Tqt(Scheme):
 
     def _source_bits(self, site: Site) -> int:
         return int(getattr(self, "operand_bits" if site.source == "operand" else "act_bits"))
-
-
-def _check_bits(option: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not 2 <= value <= 16:
-        raise ConfigError(
-            f"Tqt({option}={value!r}): expected an integer from 2 to 16 (one signed bit leaves only -1 and 0)."
-        )

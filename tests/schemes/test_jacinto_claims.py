@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.modules.clipped import ClipQuantizer
 from lightning_lowbit.modules.merged import dead_channels
 from lightning_lowbit.reports.summary import summarize
@@ -142,3 +144,41 @@ def test_each_quantizer_of_a_tie_counts_its_own_batches() -> None:
     net(torch.randn(2, 3, 5, 5))
     counts = {m.site.key: float(m.batches) for m in net.modules() if isinstance(m, ClipQuantizer)}
     assert set(counts.values()) == {1.0}
+
+
+def test_a_batchs_own_ranges_are_for_tensors_that_stand_alone() -> None:
+    net = overlapping(batch_ranges=True).train()
+    net(torch.randn(2, 3, 5, 5) * 3)
+    first, joined = net.a.lowbit_input, net.get_submodule("lowbit_relu.lowbit_output")
+    assert first.used is not None
+    assert joined.used is None
+
+
+def test_a_checkpointed_block_with_fixed_ranges_runs_again() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Hardtanh(), nn.Conv2d(4, 2, 1)).eval()
+    convert(net, "jacinto", torch.randn(4, 3, 6, 6), batch_ranges=True)
+    net.train()[0].switch.managed = True
+    x = torch.randn(4, 3, 6, 6)
+    y = torch.utils.checkpoint.checkpoint(net, x, use_reentrant=False)
+    y.sum().backward()
+    assert float(net[0].weight.grad.abs().sum()) > 0
+
+
+def test_every_batch_is_looked_at_from_another_row() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 1, 1)).eval()
+    convert(net, "jacinto", torch.zeros(1, 1, 8, 8), range_subsample=2, range_shrink=0.0, quantize_out=False)
+    watched, x = net.train()[0].lowbit_input, torch.zeros(1, 1, 8, 8)
+    x[:, :, 1::2] = 5.0  # rows that batches with an odd number see
+    with torch.no_grad():
+        seen = []
+        for number in range(4):
+            watched.batches.fill_(number)
+            seen.append(float(watched.range_of(x)[1]))
+    assert seen == [0.0, 5.0, 0.0, 5.0]
+
+
+def test_values_that_are_no_numbers_are_counted() -> None:
+    x = torch.randn(4, 3, 6, 6)
+    x[0, 0, 0, :3] = float("nan")
+    with pytest.raises(ConfigError, match=r"0\.lowbit_input: 3 NaN or infinite values in calibration"):
+        convert(nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), "jacinto", x)
