@@ -200,31 +200,22 @@ class _Formula(torch.autograd.Function):
         zero_point: Tensor,
         rounding: Rounding,
     ) -> Tensor:
-        ctx.save_for_backward(x, low, high)
+        ctx.dtype = x.dtype
+        if torch.compiler.is_compiling() and x.device.type == "cpu":
+            # Loops of the CPU store bools slowly: masks are made, and used, in calls of their own.
+            mask = torch.ops.lightning_lowbit.clip_mask(x, low, high)
+        else:
+            mask = (_wide(x) >= low) & (_wide(x) <= high)
+        ctx.save_for_backward(mask)
         code = round_to(_wide(v) * scale, rounding) + zero_point
         return (torch.clamp(code, qmin, qmax) - zero_point) * scale.reciprocal()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, low, high = ctx.saved_tensors
-        if torch.compiler.is_compiling() and x.device.type == "cpu":
-            # A mask would be kept from forward, as bools, which loops on the CPU store slowly.
-            return torch.ops.lightning_lowbit.clip_gradient(g, x, low, high), *[None] * 8
-        return _gradient(g, x, low, high), *[None] * 8
-
-
-def _gradient(g: Tensor, x: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
-    z = _wide(x)
-    return torch.where((z >= low) & (z <= high), g, 0.0).to(x.dtype)
-
-
-def _lean_gradient(g: Tensor, x: Tensor, low: float, high: float) -> Tensor:
-    z = _wide(x.detach())
-    # A NaN is outside, which not every lane of hardtanh_backward notices.
-    if not eager_cpu(z) or not math.isfinite(float(z.sum())) or not math.isfinite(high):
-        return _gradient(g, x, low, high)
-    dx: Tensor = torch.ops.aten.hardtanh_backward(g, z, *_around(low, high, z.dtype))
-    return dx.to(x.dtype)
+        (mask,) = ctx.saved_tensors
+        if mask.dtype == torch.bool:
+            return torch.where(mask, g, 0.0).to(ctx.dtype), *[None] * 8
+        return torch.ops.lightning_lowbit.clip_gradient(g, mask).to(ctx.dtype), *[None] * 8
 
 
 def _around(low: float, high: float, dtype: torch.dtype) -> tuple[float, float]:
@@ -234,6 +225,8 @@ def _around(low: float, high: float, dtype: torch.dtype) -> tuple[float, float]:
 
 def _mask(x: Tensor, low: float, high: float) -> Tensor:
     """int8 1 where low <= x <= high, in x's memory format: a quarter of what x itself would keep."""
+    if not eager_cpu(x) or not math.isfinite(high):
+        return ((_wide(x) >= low) & (_wide(x) <= high)).to(torch.int8)
     mask = torch.empty_like(x, dtype=torch.int8)
     size, total = _SLICE * torch.get_num_threads(), 0.0
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -271,13 +264,22 @@ class _Lean(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         (mask,) = ctx.saved_tensors
-        if torch.is_grad_enabled() or g.stride() != mask.stride() or not eager_cpu(g):
-            return (g * mask.to(g.dtype)).to(ctx.dtype), *[None] * 5
-        dx = torch.empty_like(g)
-        size = _SLICE * torch.get_num_threads()
-        for g_i, mask_i, dx_i in zip(slices(g, size), slices(mask, size), slices(dx, size), strict=True):
-            torch.mul(dx_i.copy_(mask_i), g_i, out=dx_i)
-        return dx.to(ctx.dtype), *[None] * 5
+        return _masked(g, mask).to(ctx.dtype), *[None] * 5
+
+
+def _masked(g: Tensor, mask: Tensor) -> Tensor:
+    """g where the mask is 1, else 0."""
+    if torch.is_grad_enabled() or g.stride() != mask.stride() or not eager_cpu(g):
+        return torch.where(mask.bool(), g, 0.0)
+    dx = torch.empty_like(g)
+    size = _SLICE * torch.get_num_threads()
+    gs = slices(g, size)
+    inside = torch.empty_like(gs[0])
+    for g_i, mask_i, dx_i in zip(gs, slices(mask, size), slices(dx, size), strict=True):
+        inside = inside if g_i.shape == inside.shape else inside[: g_i.numel()]
+        # Selected, not multiplied: an infinite g times 0 is NaN.
+        torch.ops.aten.hardtanh_backward.grad_input(g_i, inside.copy_(mask_i), 0.5, 1.5, grad_input=dx_i)
+    return dx
 
 
 def _ramp(v: Tensor, y: Tensor, scale: float, step: float, codes: tuple[float, float], rounding: Rounding) -> None:
@@ -330,18 +332,30 @@ def _limits_shape(clips: Tensor, signed: bool | None, bits: int, power2: bool, s
     return clips.new_empty(6)
 
 
-def _clip_gradient(g: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    return _lean_gradient(g, x, float(low), float(high))
+def _clip_mask(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return _mask(x, float(low), float(high))
+
+
+_mask_operator = torch.library.custom_op(
+    "lightning_lowbit::clip_mask", _clip_mask, mutates_args=(), schema="(Tensor x, Tensor low, Tensor high) -> Tensor"
+)
+
+
+@_mask_operator.register_fake
+def _mask_shape(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return torch.empty_like(x, dtype=torch.int8)
+
+
+def _clip_gradient(g: Tensor, mask: Tensor) -> Tensor:
+    with torch.no_grad():
+        return _masked(g, mask)
 
 
 _gradient_operator = torch.library.custom_op(
-    "lightning_lowbit::clip_gradient",
-    _clip_gradient,
-    mutates_args=(),
-    schema="(Tensor g, Tensor x, Tensor low, Tensor high) -> Tensor",
+    "lightning_lowbit::clip_gradient", _clip_gradient, mutates_args=(), schema="(Tensor g, Tensor mask) -> Tensor"
 )
 
 
 @_gradient_operator.register_fake
-def _gradient_shape(g: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    return torch.empty_like(x)
+def _gradient_shape(g: Tensor, mask: Tensor) -> Tensor:
+    return torch.empty_like(g)

@@ -170,6 +170,14 @@ def test_the_gradient_can_be_differentiated() -> None:
     assert ddx.tolist() == [0.0, 2.0, 0.0]
 
 
+def test_an_infinite_gradient_stays_outside() -> None:
+    x = torch.linspace(-9, 9, 400_000).requires_grad_()
+    g = torch.full_like(x, math.inf)
+    clip_quantize(x, GRIDS["signed"], Rounding.HALF_UP).backward(g)
+    assert x.grad is not None
+    assert set(x.grad.unique().tolist()) == {0.0, math.inf}
+
+
 def test_one_byte_a_value_is_kept() -> None:
     kept: list[Tensor] = []
     x = torch.randn(4, 5, requires_grad=True)
