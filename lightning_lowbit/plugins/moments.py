@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from lightning_lowbit.errors import ConfigError
-from lightning_lowbit.modules.moments import HALF, Moment, check_moment
+from lightning_lowbit.modules.moments import HALF, STEPS, Moment, check_moment
 
 __all__ = ["ENDLESS", "RunLength", "resolve"]
 
@@ -41,12 +41,8 @@ def resolve(moment: Moment, run: RunLength, begin: int = 0) -> int:
     [100, 200, 300, 0]
     """
     check_moment("moment", moment)
-    half = HALF.fullmatch(moment) if isinstance(moment, str) else None
-    if half is not None:
-        per_epoch = run.per_epoch or run.reference
-        return max(0, (run.reference // per_epoch // 2 + int(half[1] or 0)) * per_epoch)
     if isinstance(moment, str):
-        return int(moment.removesuffix("steps").removesuffix("step"))
+        return _named(moment, run)
     if isinstance(moment, float):
         return begin + math.floor(moment * (run.reference - begin))
     if moment and run.per_epoch is None:
@@ -54,3 +50,12 @@ def resolve(moment: Moment, run: RunLength, begin: int = 0) -> int:
             f"epoch {moment}: the loader has no length, so epochs have no steps. Give '500 steps' instead."
         )
     return moment * (run.per_epoch or 0)
+
+
+def _named(moment: str, run: RunLength) -> int:
+    steps, half = STEPS.fullmatch(moment), HALF.fullmatch(moment)
+    if steps is not None:
+        return int(steps[1])
+    assert half is not None  # by check_moment
+    per_epoch = run.per_epoch or run.reference
+    return max(0, (run.reference // per_epoch // 2 + int(half[1] or 0)) * per_epoch)

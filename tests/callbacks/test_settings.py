@@ -40,7 +40,7 @@ def test_start_takes_fractions_epochs_and_steps(tmp_path: Path, start: Any, step
     assert started == [False] * step + [True] * (12 - step)
 
 
-@pytest.mark.parametrize("start", [1.5, -1, True, "soon", "-3 steps", 1.0])
+@pytest.mark.parametrize("start", [1.5, -1, True, "soon", "5", "-3 steps", 1.0])
 def test_what_is_no_moment_is_refused(start: Any) -> None:
     with pytest.raises(ConfigError, match=r"start=.*expected a fraction of the run"):
         QuantCallback(start=start)
