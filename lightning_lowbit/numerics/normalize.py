@@ -1,6 +1,7 @@
 """Batch norm whose mean, deviation and normalized value are fixed-point numbers (Yang et al., arXiv:1909.02384).
 
-    mu_q = Q(mean, 16)    s = Q(sqrt(var), 16) + 2^-15    xhat = Q((x - mu_q) / s, 16)    y = Q(gamma, 8) xhat + Q(beta, 8)
+    mu_q = Q(mean, 16)              s = Q(sqrt(var), 16) + 2^-15
+    xhat = Q((x - mu_q) / s, 16)    y = Q(gamma, 8) xhat + Q(beta, 8)
 
 Q(v, k) = round(v 2^(k-1)) / 2^(k-1), ties to even and no clip; a width of 32 or more leaves v alone. Backward, every Q
 is the identity and the gradient flows through mean and deviation. The variance is the biased one, and the small number
@@ -77,13 +78,13 @@ class NormFormat:
 
 
 class _Statistics(NamedTuple):
-    """What a channel is normalized with, float64 [C]; ``rest`` is mean - mean_q, ``deviation`` before its grid."""
+    """What a channel is normalized with, float64 [C]; ``mean`` and ``deviation`` are those before their grids."""
 
     mean_q: Tensor
     s: Tensor
-    rest: Tensor
+    mean: Tensor
     deviation: Tensor
-    count: Tensor | None  # values per channel; None: of no batch, so no gradient flows through the statistics
+    values: Tensor | None  # how many per channel; None: of no batch, so no gradient flows through the statistics
 
 
 def batch_norm(
@@ -99,7 +100,7 @@ def batch_norm(
     y is computed in float64. Where float32 does not hold it (|y| >= 4 at the default widths) its last bit says so
     (round to odd): whatever coarser grid y is put on next, the result is that of the exact y.
 
-    Backward keeps x and five numbers a channel, and works in float64 slices.
+    Backward keeps x and six numbers a channel, and works in float64 slices.
 
     Args:
         x: [N, C, ...], float; 16-bit floats count as float32.
@@ -140,7 +141,7 @@ def running_update(running: Tensor, value: Tensor, decay: float = 0.997, bits: i
     >>> running = torch.tensor([1.0, 1.0])
     >>> running_update(running, torch.tensor([2.0, 1.004]), bits=16)
     >>> running.tolist()
-    [1.0029907226562, 1.0]
+    [1.00299072265625, 1.0]
     """
     with torch.no_grad():
         moved = running.to(torch.float64) * decay + value.to(torch.float64) * (1.0 - decay)
@@ -151,10 +152,10 @@ def _on_grid(v: Tensor, bits: int) -> Tensor:
     return v if bits >= _OFF else round_to(v * 2.0 ** (bits - 1)) * 2.0 ** (1 - bits)
 
 
-def _statistics(mean: Tensor, var: Tensor, format: NormFormat, count: Tensor | None = None) -> _Statistics:
+def _statistics(mean: Tensor, var: Tensor, format: NormFormat, values: Tensor | None = None) -> _Statistics:
     mean_q, deviation = _on_grid(mean, format.mean), var.clamp(min=0.0).sqrt()
     s = _on_grid(deviation, format.deviation) + 2.0**format.eps_exponent
-    return _Statistics(mean_q, s, mean - mean_q, deviation, count)
+    return _Statistics(mean_q, s, mean, deviation, values)
 
 
 def _batch_statistics(x: Tensor, format: NormFormat, reduce: _Reduce | None) -> tuple[_Statistics, Tensor, Tensor]:
@@ -190,7 +191,7 @@ class _Norm(torch.autograd.Function):
         gamma_q = torch.ones_like(statistics.s) if gamma is None else _on_grid(gamma.to(torch.float64), format.gamma)
         beta_q = torch.zeros_like(gamma_q) if beta is None else _on_grid(beta.to(torch.float64), format.beta)
         ctx.format, ctx.reduce = format, reduce
-        ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, gamma, beta))
+        ctx.dtypes = tuple(None if t is None else t.dtype for t in (gamma, beta))
         ctx.save_for_backward(x, gamma_q, *statistics)
         y = torch.empty_like(x, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
         for out, piece in zip(_split(y), _pieces(x), strict=True):
@@ -201,8 +202,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, gamma_q, *rest = ctx.saved_tensors
-        mean_q, s, mean_rest, deviation, count = _Statistics(*rest)
+        x, _, mean_q, s, *_ = ctx.saved_tensors
         sums = torch.zeros(3, len(s), dtype=torch.float64, device=x.device)  # of g, g (x - mu_q), g xhat
         for g, piece in zip(_pieces(grad), _pieces(x), strict=True):
             d = piece.sub_(_wide(mean_q, x))
@@ -210,7 +210,7 @@ class _Norm(torch.autograd.Function):
             sums[1] += _sum(g * d)
             sums[2] += _sum(g.mul_(_normalized(d, s, ctx.format)))
         dx = _input_gradient(ctx, grad, sums[:2]) if ctx.needs_input_grad[0] else None
-        x_dtype, gamma_dtype, beta_dtype = ctx.dtypes
+        gamma_dtype, beta_dtype = ctx.dtypes
         return (
             dx,
             None if gamma_dtype is None else sums[2].to(gamma_dtype),
@@ -226,19 +226,17 @@ def _input_gradient(ctx: Any, grad: Tensor, sums: Tensor) -> Tensor:
 
     The last factor comes of the deviation: d(deviation)/dx = (x - mean) / (n deviation), 0 where the deviation is.
     """
-    x, gamma_q, *rest = ctx.saved_tensors
-    mean_q, s, mean_rest, deviation, count = _Statistics(*rest)
+    x, gamma_q, _, s, mean, deviation, values = ctx.saved_tensors
     slope = gamma_q / s
     dx = torch.empty_like(x)
-    if count is None:
+    if values is None:
         for out, g in zip(_split(dx), _pieces(grad), strict=True):
             out.copy_(g.mul_(_wide(slope, x)))
         return dx
-    g_mean, gd_mean = ((ctx.reduce(sums) if ctx.reduce is not None else sums) / count).unbind()
+    g_mean, gd_mean = ((ctx.reduce(sums) if ctx.reduce is not None else sums) / values).unbind()
     pull = torch.where(deviation > 0, slope / s * gd_mean / deviation, 0.0)
-    # slope (g - g_mean) - pull (x - mean) = slope g - pull x + level
     for out, g, piece in zip(_split(dx), _pieces(grad), _pieces(x), strict=True):
-        centered = piece.sub_(_wide(mean_q + mean_rest, x))
+        centered = piece.sub_(_wide(mean, x))
         out.copy_(g.sub_(_wide(g_mean, x)).mul_(_wide(slope, x)).sub_(centered.mul_(_wide(pull, x))))
     return dx
 
@@ -269,7 +267,7 @@ def _sum(piece: Tensor) -> Tensor:
 def _split(x: Tensor) -> tuple[Tensor, ...]:
     """Samples, as many at a time as fit a slice."""
     samples = max(1, _SLICE * len(x) // max(x.numel(), 1)) if x.device.type == "cpu" else max(len(x), 1)
-    return torch.split(x, samples)  # type: ignore[no-any-return, no-untyped-call]  # torch leaves it untyped
+    return torch.split(x, samples)
 
 
 def _pieces(x: Tensor) -> Iterator[Tensor]:

@@ -94,7 +94,7 @@ class Hysteresis:
     @staticmethod
     def view(state: Tensor) -> WidthState:
         """The parts of a state by name; writing to one writes to the state."""
-        return WidthState(*state.detach().unbind())
+        return WidthState(*state.detach().unbind(-1))
 
     @torch.no_grad()
     def observe(self, state: Tensor, x: Tensor) -> None:
@@ -105,7 +105,7 @@ class Hysteresis:
         f, magnitude = self._point(now.integer)
         x = x.detach()
         x = x if x.dtype == torch.float64 else x.to(torch.float32)
-        # round_half_even(v) > 2^m - 1 exactly where v >= 2^m - 1/2: a comparison for each element, no rounding.
+        # round_half_even(v) > 2^m - 1 exactly where v >= 2^m - 1/2: nothing has to be rounded.
         full = ((pow2(magnitude, torch.float64) - 0.5) * pow2(-f, torch.float64)).to(x.dtype)
         low, high = torch.aminmax(x)
         reach = torch.maximum(-low, high) if self.signed else high.clamp(min=0)
@@ -113,9 +113,11 @@ class Hysteresis:
         # inf, not NaN: ranks agree on the maximum of numbers only.
         now.reach.copy_(torch.maximum(now.reach, reach.to(torch.float32).nan_to_num(nan=math.inf, posinf=math.inf)))
         if eager_cpu(x) and not bool(reach >= full):
-            return  # the host has the value at no cost, and most steps saturate nothing
-        beyond = x >= full
-        now.saturated.add_((beyond | (x <= -full) if self.signed else beyond).sum())
+            return  # the host has the value at no cost
+        beyond = x.abs() if self.signed else x.clamp(min=0)
+        # A float sum of zeros and ones: faster than counting booleans, and exact below 2^24.
+        beyond.sub_(torch.nextafter(full, torch.zeros_like(full))).clamp_(min=0).sign_()
+        now.saturated.add_(beyond.sum())
 
     def reduce(self, state: Tensor, all_reduce: AllReduce) -> None:
         """Combine a step over ranks: two small collectives, on every rank whatever it has seen."""
@@ -123,11 +125,15 @@ class Hysteresis:
         saturated, entries = all_reduce(torch.stack([now.saturated, now.entries]), "sum").unbind()
         now.saturated.copy_(saturated)
         now.entries.copy_(entries)
-        now.reach.copy_(all_reduce(now.reach.reshape(1), "max").reshape(()))
+        now.reach.copy_(all_reduce(now.reach, "max"))
 
     @torch.no_grad()
     def commit(self, state: Tensor) -> None:
-        """Decide by what was observed since the last commit, and forget it."""
+        """Decide by what was observed since the last commit, and forget it.
+
+        Args:
+            state: [9], or [..., 9] of several tensors under one rule, decided each for itself in one go.
+        """
         now = self.view(state)
         f, magnitude = self._point(now.integer)
         seen = (now.reach > 0) & now.reach.isfinite()

@@ -160,7 +160,7 @@ def integer_bits_of_max(reach: Tensor, bits: int, signed: bool = True, fraction:
         i = i.clamp(min=1 - fraction)
         f = torch.full_like(i, fraction)
     code = torch.round(reach.detach().to(torch.float64) * pow2(f, torch.float64))
-    more = code > pow2(f + i, torch.float64) - 1
+    more = code >= pow2(f + i, torch.float64)  # whole numbers: as > 2^(f+i) - 1, and exact above 2^53
     return torch.where(reach == 0, 0, i + more.to(torch.int32))
 
 
