@@ -11,38 +11,19 @@ The second ratio is over ``standing``: what the choice costs.
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import warnings
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from functools import partial
 
-import torch
-from qat_step import NETS, Step, batch, float_net, training_step
-from timing import alternate, kept_bytes
+from qat_step import batch, float_net
+from steps import main
 from torch import nn
 
 from lightning_lowbit import F8Net, convert
 from lightning_lowbit.modules.base import low_bit_modules
 from lightning_lowbit.modules.fraclen import FraclenInput
-from lightning_lowbit.plugins.compiling import compile_in_place
-from lightning_lowbit.plugins.patching import Patches
-
-# row -> how fraclens are chosen (None: they stand still), whether batch norms stand still, whether compiled
-ROWS: dict[str, tuple[str | None, bool, bool]] = {
-    "standing": (None, False, False),
-    "rms": ("rms", False, False),
-    "histogram": ("histogram", False, False),
-    "grid": ("grid", False, False),
-    "frozen": (None, True, False),
-    "rms compiled": ("rms", False, True),
-    "frozen compiled": (None, True, True),
-}
 
 
-def fixed_point_net(name: str, select: str | None, frozen: bool) -> nn.Module:
+def fixed_point_net(name: str, select: str | None = None, frozen: bool = False) -> nn.Module:
+    """``select``: how fraclens are chosen (None: they stand still); ``frozen``: whether batch norms stand still."""
     net = float_net(name)
     convert(net, F8Net(select=select or "rms"), example_input=batch(name)[0])  # type: ignore[arg-type]  # one of them
     net.train()
@@ -54,49 +35,14 @@ def fixed_point_net(name: str, select: str | None, frozen: bool) -> nn.Module:
     return net
 
 
-def measure(name: str, rounds: int, compiled: bool) -> dict[str, dict[str, Any]]:
-    steps: dict[str, Step] = {}
-    kept: dict[str, int] = {}
-    plain = float_net(name)
-    steps["float"], loss = training_step(name, plain, False)
-    kept["float"] = kept_bytes(plain, loss)
-    for label, (select, frozen, compile_it) in ROWS.items():
-        if compile_it and not compiled:
-            continue
-        net = fixed_point_net(name, select, frozen)
-        if compile_it:
-            compile_in_place(nn.Sequential(net), Patches())  # what compile=True does to the net of a LightningModule
-        steps[label], loss = training_step(name, net, True)
-        steps[label]()
-        kept[label] = kept_bytes(net, loss)
-    timings = alternate(steps, rounds)
-    return {label: {**asdict(timing), "kept_mb": kept[label] / 1e6} for label, timing in timings.items()}
-
-
-def show(name: str, rows: dict[str, dict[str, Any]]) -> None:
-    print(f"\n{name}, batch {NETS[name][1][0]}, one thread")
-    print(f"{'':18}{'ms':>8}{'min':>8}{'/ float':>9}{'/ standing':>12}{'kept / float':>14}")
-    for label, row in rows.items():
-        over = row["ratio"] / rows["standing"]["ratio"]
-        line = f"{label:18}{row['median_ms']:8.1f}{row['min_ms']:8.1f}{row['ratio']:9.2f}{over:12.2f}"
-        print(f"{line}{row['kept_mb'] / rows['float']['kept_mb']:14.2f}")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--net", choices=NETS, default="resnet20")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--no-compile", action="store_true", help="leave out the compiled steps")
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", message=".*")
-    rows = measure(options.net, options.rounds, not options.no_compile)
-    show(options.net, rows)
-    if options.json is not None:
-        about = {"torch": torch.__version__, "machine": platform.machine(), "threads": torch.get_num_threads()}
-        options.json.write_text(json.dumps({"about": about, options.net: rows}, indent=2) + "\n")
+ROWS = {
+    "standing": (fixed_point_net, False),
+    **{name: (partial(fixed_point_net, select=name), False) for name in ("rms", "histogram", "grid")},
+    "frozen": (partial(fixed_point_net, frozen=True), False),
+    "rms compiled": (partial(fixed_point_net, select="rms"), True),
+    "frozen compiled": (partial(fixed_point_net, frozen=True), True),
+}
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, ROWS, beside="standing")

@@ -146,7 +146,7 @@ class MergedWeight(Quantizer):
         with torch.no_grad():
             scale = self.scale(x) if scale is None else scale
             value = quantize_weight(x, scale, self.form.bits)
-        return pass_through(x, value, self.mask(x, scale)) if torch.is_grad_enabled() and x.requires_grad else value
+        return pass_through(x, value, self.mask(x, scale) if x.requires_grad else None)
 
     def mask(self, weight: Tensor, scale: Tensor) -> Tensor | None:
         """Where the merged weight lies inside its range; None where that is everywhere by construction."""
@@ -264,7 +264,7 @@ class MergedBias(Quantizer):
                 weight, bias = self.layer.in_evaluation()
                 scale = self.layer.lowbit_weight.scale(weight.detach(), bias)
             value = self.by(x, scale)
-        return pass_through(x, value) if torch.is_grad_enabled() and x.requires_grad else value
+        return pass_through(x, value)
 
     def by(self, bias: Tensor, scale_of_weight: Tensor) -> Tensor:
         """The quantized bias beside weights of that scale."""

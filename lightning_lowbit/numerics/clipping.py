@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_lowbit.numerics.dtypes import wide
 from lightning_lowbit.numerics.exponent import ceil2
 from lightning_lowbit.numerics.rounding import Rounding, round_to
 from lightning_lowbit.numerics.ste import eager_cpu, slices, ulp
@@ -205,9 +206,9 @@ class _Formula(torch.autograd.Function):
             # Loops of the CPU store bools slowly: masks are made, and used, in calls of their own.
             mask = torch.ops.lightning_lowbit.clip_mask(x, low, high)
         else:
-            mask = (_wide(x) >= low) & (_wide(x) <= high)
+            mask = (wide(x) >= low) & (wide(x) <= high)
         ctx.save_for_backward(mask)
-        code = round_to(_wide(v) * scale, rounding) + zero_point
+        code = round_to(wide(v) * scale, rounding) + zero_point
         return (torch.clamp(code, qmin, qmax) - zero_point) * scale.reciprocal()
 
     @staticmethod
@@ -226,7 +227,7 @@ def _around(low: float, high: float, dtype: torch.dtype) -> tuple[float, float]:
 def _mask(x: Tensor, low: float, high: float) -> Tensor:
     """int8 1 where low <= x <= high, in x's memory format: a quarter of what x itself would keep."""
     if not eager_cpu(x) or not math.isfinite(high):
-        return ((_wide(x) >= low) & (_wide(x) <= high)).to(torch.int8)
+        return ((wide(x) >= low) & (wide(x) <= high)).to(torch.int8)
     mask = torch.empty_like(x, dtype=torch.int8)
     size, total = _SLICE * torch.get_num_threads(), 0.0
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -234,7 +235,7 @@ def _mask(x: Tensor, low: float, high: float) -> Tensor:
     parts = slices(x, size)
     inside = torch.empty_like(parts[0], dtype=dtype)
     for x_i, mask_i in zip(parts, slices(mask, size), strict=True):
-        z = _wide(x_i)
+        z = wide(x_i)
         inside = inside if z.shape == inside.shape else inside[: z.numel()]
         mask_i.copy_(torch.ops.aten.hardtanh_backward.grad_input(one, z, *bounds, grad_input=inside))
         total += float(z.sum())  # only to notice a NaN, which is outside
@@ -258,7 +259,7 @@ class _Lean(torch.autograd.Function):
         quantize = _ramp if ramp else _codes
         size = _SLICE * torch.get_num_threads()
         for v_i, y_i in zip(slices(v, size), slices(y, size), strict=True):
-            quantize(_wide(v_i), y_i, host.scale, step, codes, rounding)
+            quantize(wide(v_i), y_i, host.scale, step, codes, rounding)
         return y
 
     @staticmethod
@@ -311,12 +312,8 @@ def _least(dtype: torch.dtype) -> float:
 @torch.no_grad()
 def clip_saturated(x: Tensor, limits: Limits, rounding: Rounding) -> Tensor:
     """How many values of x have a code outside qmin..qmax; int64, 0-dim; NaN is not counted."""
-    code = round_to(_wide(x.detach()) * limits.scale, rounding) + limits.zero_point
+    code = round_to(wide(x.detach()) * limits.scale, rounding) + limits.zero_point
     return ((code < limits.qmin) | (code > limits.qmax)).sum()
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.to(torch.float32)
 
 
 _limits_operator = torch.library.custom_op(

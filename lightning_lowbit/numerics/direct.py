@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_lowbit.errors import ConfigError
+from lightning_lowbit.numerics.dtypes import compute_dtype, wide
 from lightning_lowbit.numerics.exponent import whole_pow2
 from lightning_lowbit.numerics.fraclen import largest_code
 from lightning_lowbit.numerics.ste import eager_cpu, fake_quantize, slices
@@ -65,7 +66,7 @@ def direct_quantize(x: Tensor, bits: int, *, clipped: bool = False) -> Tensor:
     [-0.75, -0.75, -0.75, 0.0, 0.0, 0.5, 0.5, 0.75]
     """
     if bits >= DIRECT_OFF:
-        return _wide(x)
+        return wide(x)
     if clipped:
         _require_bits(bits, True, "direct_quantize")
         return fixed_width(x, bits - 1, bits=bits)
@@ -74,20 +75,20 @@ def direct_quantize(x: Tensor, bits: int, *, clipped: bool = False) -> Tensor:
     if not eager_cpu(x):
         return direct_quantize_reference(x, bits)
     z, scale = x.detach(), 2.0 ** (bits - 1)
-    y = torch.empty_like(z, dtype=_compute_dtype(z))
+    y = torch.empty_like(z, dtype=compute_dtype(z))
     size = _SLICE * torch.get_num_threads()
     for z_i, y_i in zip(slices(z, size), slices(y, size), strict=True):
-        torch.mul(_wide(z_i), scale, out=y_i).round_().mul_(1 / scale)
-    return _through(x, y)
+        torch.mul(wide(z_i), scale, out=y_i).round_().mul_(1 / scale)
+    return pass_through(x, y)
 
 
 def direct_quantize_reference(x: Tensor, bits: int, *, clipped: bool = False) -> Tensor:
     """The formula of :func:`direct_quantize`, one operation per symbol: slow, obvious, on every device."""
     if bits >= DIRECT_OFF:
-        return _wide(x)
+        return wide(x)
     unit = 2.0 ** (1 - bits)
-    y = torch.round(_wide(x.detach()) / unit) * unit
-    return _through(x, y.clamp(unit - 1, 1 - unit) if clipped else y)
+    y = torch.round(wide(x.detach()) / unit) * unit
+    return pass_through(x, y.clamp(unit - 1, 1 - unit) if clipped else y)
 
 
 def fraction_bits(bits: int, integer_bits: int, signed: bool = True) -> int:
@@ -129,13 +130,13 @@ def fixed_width(x: Tensor, fraclen: Tensor | int, *, bits: int = 8, signed: bool
     [0.0, 0.0, 0.0, 1.0, 1.0, 7.5]
     """
     most = _require_bits(bits, signed, "fixed_width")
-    return _through(x, fake_quantize(x.detach(), -_whole(fraclen, x), qmin=-most if signed else 0, qmax=most))
+    return pass_through(x, fake_quantize(x.detach(), -_whole(fraclen, x), qmin=-most if signed else 0, qmax=most))
 
 
 def fixed_width_reference(x: Tensor, fraclen: Tensor | int, *, bits: int = 8, signed: bool = True) -> Tensor:
     """The formula of :func:`fixed_width`, one operation per symbol: slow, obvious, on every device."""
     code, step = _codes(x, fraclen, bits, signed)
-    return _through(x, code * step)
+    return pass_through(x, code * step)
 
 
 def fixed_width_codes(x: Tensor, fraclen: Tensor | int, *, bits: int = 8, signed: bool = True) -> Tensor:
@@ -179,7 +180,7 @@ def grid_codes(x: Tensor, exponent: int, qmin: int, qmax: int, dtype: torch.dtyp
     buffer = torch.empty_like(parts[0], dtype=torch.float32)
     for x_i, codes_i in zip(parts, slices(codes, size), strict=True):
         v = buffer if x_i.shape == buffer.shape else buffer[: x_i.numel()]
-        torch.clamp(_wide(x_i), qmin * step, qmax * step, out=v)
+        torch.clamp(wide(x_i), qmin * step, qmax * step, out=v)
         put_codes(v, scale, codes_i)
     return codes
 
@@ -206,8 +207,8 @@ def code_dtype(bits: int, signed: bool = True) -> torch.dtype:
 
 def _codes(x: Tensor, fraclen: Tensor | int, bits: int, signed: bool) -> tuple[Tensor, Tensor]:
     most = _require_bits(bits, signed, "fixed_width")
-    step = whole_pow2(-_whole(fraclen, x), _compute_dtype(x))
-    return torch.round(_wide(x.detach()) / step).clamp(-most if signed else 0, most), step
+    step = whole_pow2(-_whole(fraclen, x), compute_dtype(x))
+    return torch.round(wide(x.detach()) / step).clamp(-most if signed else 0, most), step
 
 
 def _whole(fraclen: Tensor | int, x: Tensor) -> Tensor:
@@ -224,15 +225,3 @@ def _require_bits(bits: int, signed: bool, where: str) -> int:
             "with fewer every value is 0."
         )
     return largest_code(bits, signed)
-
-
-def _through(x: Tensor, y: Tensor) -> Tensor:
-    return pass_through(x, y) if x.requires_grad else y
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(_compute_dtype(x))

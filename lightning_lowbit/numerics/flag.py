@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_lowbit.numerics.direct import code_dtype, put_codes
+from lightning_lowbit.numerics.dtypes import wide
 from lightning_lowbit.numerics.exponent import EXPONENT_MIN, whole_pow2
 from lightning_lowbit.numerics.shift import code_limit, host_exponent, max_abs, measured_range
 from lightning_lowbit.numerics.ste import eager_cpu, slices, ulp
@@ -70,7 +71,7 @@ def flag_quantize(x: Tensor, bits: int = 8, *, peak: Tensor | None = None) -> tu
         return flag_quantize_reference(x, bits, peak=peak)
     top = float(max_abs(x) if peak is None else peak)
     if not math.isfinite(top):
-        return _wide(x), torch.tensor(False)
+        return wide(x), torch.tensor(False)
     exponent = host_exponent(top, EXPONENT_MIN + 2 * (bits - 1)) - (bits - 1)
     if not _lean(x, exponent, bits):
         return flag_quantize_reference(x, bits, peak=torch.tensor(top, dtype=torch.float64))
@@ -87,20 +88,20 @@ def flag_quantize(x: Tensor, bits: int = 8, *, peak: Tensor | None = None) -> tu
         torch.sub(z_i, big, out=y_i)
         y_i.add_(magic_small).sub_(magic_small)
         y_i.add_(big.clamp_(-most, most).add_(magic_big).sub_(magic_big))
-    return _through(x, y), torch.tensor(True)
+    return pass_through(x, y), torch.tensor(True)
 
 
 def flag_quantize_reference(x: Tensor, bits: int = 8, *, peak: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The formula of :func:`flag_quantize`, one operation per symbol: slow, obvious, on every device."""
     limit = code_limit(bits, "flag_quantize")
     exponent, finite = measured_range(x, peak, EXPONENT_MIN + 2 * (bits - 1))
-    z = _wide(x.detach())
+    z = wide(x.detach())
     unit = whole_pow2(exponent - (bits - 1), z.dtype)
     fine = whole_pow2(exponent - 2 * (bits - 1), z.dtype)
     v = z / unit
     big = torch.round(v).clamp(-limit, limit) * unit
     y = torch.where(v.abs() >= 1, big, torch.round(z / fine) * fine)
-    return _through(x, torch.where(finite, y, z)), finite
+    return pass_through(x, torch.where(finite, y, z)), finite
 
 
 def flag_planes(x: Tensor, bits: int = 8, *, peak: Tensor | None = None) -> FlagPlanes:
@@ -153,7 +154,7 @@ def flag_planes_reference(x: Tensor, bits: int = 8, *, peak: Tensor | None = Non
     limit = code_limit(bits, "flag_planes")
     exponent, finite = measured_range(x, peak, EXPONENT_MIN + 2 * (bits - 1))
     coarse, fine = exponent - (bits - 1), exponent - 2 * (bits - 1)
-    z = _wide(x.detach())
+    z = wide(x.detach())
     big = torch.round(z / whole_pow2(coarse, z.dtype)).clamp(-limit, limit)
     small = torch.round(z / whole_pow2(fine, z.dtype))
     fits = small.abs() <= limit
@@ -171,18 +172,10 @@ def _edge(unit: float, bits: int) -> float:
 def _big_part(x: Tensor, edge: float, buffer: Tensor) -> Tensor:
     """x where |x| > edge, else 0: hardshrink is a vectorized comparison of eager CPU torch."""
     out = buffer if x.shape == buffer.shape else buffer[: x.numel()]
-    big: Tensor = torch.ops.aten.hardshrink.out(_wide(x), edge, out=out)
+    big: Tensor = torch.ops.aten.hardshrink.out(wide(x), edge, out=out)
     return big
 
 
 def _lean(x: Tensor, exponent: int, bits: int) -> bool:
     """Whether float32 passes give both units."""
     return x.dtype != torch.float64 and exponent <= _LEAN_EXPONENT and exponent - (bits - 1) >= -_LEAN_EXPONENT
-
-
-def _through(x: Tensor, y: Tensor) -> Tensor:
-    return pass_through(x, y) if x.requires_grad else y
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.to(torch.float32)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_lowbit.numerics.dtypes import wide
 from lightning_lowbit.numerics.exponent import ceil2
 from lightning_lowbit.numerics.percentile import percentile_range
 
@@ -74,7 +75,7 @@ def weight_scale(
     >>> weight_scale(torch.tensor([0.5, -9.0]), 4, cap=4.0)
     tensor(2.)
     """
-    w = _computed(weight.detach())
+    w = wide(weight.detach())
     largest = _largest(w, out_axis, groups) if per_channel else torch.maximum(w.amax(), -w.amin())
     if percent > 0:
         largest = torch.minimum(largest, percentile_range(w, percent).abs().amax())
@@ -174,7 +175,7 @@ def constrain_weight(weight: Tensor) -> Tensor:
     >>> constrain_weight(torch.tensor([15.0, 0.1, 0.1])).tolist() == [15.0, *torch.full((2,), 0.1).tolist()]
     True
     """
-    w = _computed(weight.detach())
+    w = wide(weight.detach())
     magnitude = w.abs()
     largest, median = magnitude.amax(), _OUTLIER_RATIO * magnitude.median()
     limit = covered_range(torch.minimum(largest, median)) * (120 / 128)
@@ -208,7 +209,3 @@ def unmerge(weight: Tensor, factor: Tensor, eps: float, master: Tensor, floor: b
     if floor:
         return weight / torch.copysign(factor.abs().clamp(min=eps), factor)
     return torch.where(factor.abs() > eps, weight / factor, master.detach())
-
-
-def _computed(w: Tensor) -> Tensor:
-    return w if w.dtype == torch.float64 else w.to(torch.float32)

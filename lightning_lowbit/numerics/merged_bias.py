@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_lowbit.numerics.dtypes import wide
 from lightning_lowbit.numerics.exponent import ceil2
 from lightning_lowbit.numerics.merged import covered_range, quantize_weight
 from lightning_lowbit.numerics.rounding import Rounding, round_to
@@ -23,7 +24,7 @@ def own_scale(bias: Tensor, bits: int, power2: bool = True) -> Tensor:
     >>> own_scale(torch.tensor([0.3, -0.6]), 8)
     tensor(128.)
     """
-    b = _computed(bias)
+    b = wide(bias.detach())
     return 2.0 ** (bits - 1) / covered_range(b.abs().amax(), power2)
 
 
@@ -117,7 +118,7 @@ def holding_scale(bias: Tensor, products_scale: Tensor, bits: int = 32) -> Tenso
     >>> holding_scale(torch.tensor([50.0, 1.0]), torch.tensor(2.0**33)).log2().item()
     25.0
     """
-    b = _computed(bias).to(torch.float64)
+    b = wide(bias.detach()).to(torch.float64)
     j = products_scale.to(torch.float64)
     largest, most = (b * j).abs(), 2.0 ** (bits - 1) - 1
     largest = largest.amax() if j.dim() == 0 else largest
@@ -145,7 +146,7 @@ def products_bias(bias: Tensor, products_scale: Tensor, bits: int = 32) -> Tenso
     >>> products_bias(torch.tensor([40.25, 0.3]), torch.tensor(4.0), bits=8).tolist()  # 161 units: counted in halves
     [40.5, 0.5]
     """
-    b, j = _computed(bias), holding_scale(bias, products_scale, bits)
+    b, j = wide(bias.detach()), holding_scale(bias, products_scale, bits)
     codes = round_to(b.to(torch.float64) * j, Rounding.HALF_AWAY)
     return (codes * (1 / j).to(b.dtype)).to(b.dtype)
 
@@ -153,8 +154,3 @@ def products_bias(bias: Tensor, products_scale: Tensor, bits: int = 32) -> Tenso
 def _input_scale(signed: Tensor, high: Tensor, act_bits: int) -> Tensor:
     """Codes per unit of the layer's input."""
     return torch.where(signed, 2.0 ** (act_bits - 1), 2.0**act_bits).to(high.dtype) / high
-
-
-def _computed(b: Tensor) -> Tensor:
-    b = b.detach()
-    return b if b.dtype == torch.float64 else b.to(torch.float32)

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_lowbit.numerics.dtypes import compute_dtype
 from lightning_lowbit.numerics.ste import eager_cpu, slices
 
 __all__ = ["BINS", "percentile_range", "range_histogram", "range_of_histogram"]
@@ -57,7 +58,7 @@ def percentile_range(x: Tensor, percent: float) -> Tensor:
 
 def _percentile_range(x: Tensor, percent: float) -> Tensor:
     n = x.numel()
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     if n == 0:
         return x.new_full((2,), math.nan, dtype=dtype)
     flat = _flat(x)
@@ -140,7 +141,7 @@ def range_histogram(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     >>> range_histogram(x, x.amin(), x.amax())[:3].tolist()
     [1, 2, 0]
     """
-    x, dtype = x.detach(), _compute_dtype(x)
+    x, dtype = x.detach(), compute_dtype(x)
     low, high = (torch.as_tensor(end, dtype=dtype, device=x.device) for end in (low, high))
     k = _LAST / (high - low)
     counts = torch.zeros(BINS, dtype=torch.int64, device=x.device)
@@ -175,10 +176,6 @@ def range_of_histogram(counts: Tensor, low: Tensor, high: Tensor, percent: float
     return _values(low, high, _LAST / (high - low), low_bin, _LAST - high_bin)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _flat(x: Tensor) -> Tensor:
     """The values in any order, without a copy where x is dense."""
     dense = type(x) in (Tensor, torch.nn.Parameter) and torch.ops.aten.is_non_overlapping_and_dense(x)
@@ -195,4 +192,4 @@ _operator = torch.library.custom_op(
 
 @_operator.register_fake
 def _shape(x: Tensor, percent: float) -> Tensor:
-    return x.new_empty(2, dtype=_compute_dtype(x))
+    return x.new_empty(2, dtype=compute_dtype(x))

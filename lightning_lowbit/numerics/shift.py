@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.numerics.direct import code_dtype, grid_codes
+from lightning_lowbit.numerics.dtypes import wide
 from lightning_lowbit.numerics.exponent import EXPONENT_MIN, whole_pow2
 from lightning_lowbit.numerics.ste import eager_cpu, fake_quantize
 from lightning_lowbit.numerics.through import pass_through
@@ -115,9 +116,9 @@ def shift_quantize(
         return shift_quantize_reference(x, bits, clip_to_one=clip_to_one, peak=peak)
     top = float(max_abs(x) if peak is None else peak)
     if not math.isfinite(top):
-        return _wide(x), torch.tensor(False)
+        return wide(x), torch.tensor(False)
     exponent = torch.tensor(host_exponent(top, EXPONENT_MIN + bits - 1) - (bits - 1))
-    return _through(x, fake_quantize(x.detach(), exponent, qmin=-limit, qmax=limit)), torch.tensor(True)
+    return pass_through(x, fake_quantize(x.detach(), exponent, qmin=-limit, qmax=limit)), torch.tensor(True)
 
 
 def shift_quantize_reference(
@@ -126,10 +127,10 @@ def shift_quantize_reference(
     """The formula of :func:`shift_quantize`, one operation per symbol: slow, obvious, on every device."""
     limit = code_limit(bits, "shift_quantize") + int(clip_to_one)
     exponent, finite = measured_range(x, peak, EXPONENT_MIN + bits - 1)
-    z = _wide(x.detach())
+    z = wide(x.detach())
     step = whole_pow2(exponent - (bits - 1), z.dtype)
     y = torch.round(z / step).clamp(-limit, limit) * step
-    return _through(x, torch.where(finite, y, z)), finite
+    return pass_through(x, torch.where(finite, y, z)), finite
 
 
 def shift_codes(x: Tensor, bits: int = 8, *, peak: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,7 +162,7 @@ def shift_codes_reference(x: Tensor, bits: int = 8, *, peak: Tensor | None = Non
     limit = code_limit(bits, "shift_codes")
     exponent, finite = measured_range(x, peak, EXPONENT_MIN + bits - 1)
     exponent = exponent - (bits - 1)
-    z = _wide(x.detach())
+    z = wide(x.detach())
     code = torch.round(z / whole_pow2(exponent, z.dtype)).clamp(-limit, limit)
     return torch.where(finite, code, 0.0).to(code_dtype(bits)), exponent, finite
 
@@ -175,14 +176,6 @@ def code_limit(bits: int, where: str) -> int:
     if not 2 <= bits <= _MAX_BITS:
         raise ConfigError(f"{where}: got bits={bits}, expected 2..{_MAX_BITS}; 1 bit has no code but 0.")
     return (1 << (bits - 1)) - 1
-
-
-def _through(x: Tensor, y: Tensor) -> Tensor:
-    return pass_through(x, y) if x.requires_grad else y
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.to(torch.float32)
 
 
 _operator = torch.library.custom_op(

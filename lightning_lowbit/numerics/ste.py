@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lightning_lowbit.numerics.dtypes import compute_dtype
 from lightning_lowbit.numerics.exponent import whole_pow2
 from lightning_lowbit.numerics.rounding import Rounding, round_to
 
@@ -120,10 +121,6 @@ def _host_scale(log2_t: float, point: int) -> float:
     return math.ldexp(1.0, math.ceil(min(max(log2_t, -_LOG2_T_LIMIT), _LOG2_T_LIMIT)) - point)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 class _Formula(torch.autograd.Function):
     """The table, recomputed from x in backward; torch.compile fuses each side into one loop."""
 
@@ -138,7 +135,7 @@ class _Formula(torch.autograd.Function):
         rounding: Rounding,
         rectify: bool,
     ) -> Tensor:
-        s = _scale(log2_t, point, _compute_dtype(x))
+        s = _scale(log2_t, point, compute_dtype(x))
         ctx.save_for_backward(x, s)
         ctx.log2_t = log2_t.shape, log2_t.dtype
         ctx.grid = qmin, qmax, rounding, rectify
@@ -258,7 +255,7 @@ class _Lean(torch.autograd.Function):
         rectify: bool,
         window: Window | None,
     ) -> Tensor:
-        dtype = _compute_dtype(x)
+        dtype = compute_dtype(x)
         ctx.save_for_backward(x)
         ctx.log2_t = None if log2_t is None else (log2_t.shape, log2_t.dtype)
         ctx.grid = s, qmin, qmax, rectify, window
@@ -339,12 +336,12 @@ def fake_quantize(
         y, float32 (float64 for float64 x), shape of x.
     """
     if exponent.numel() > 1 or not eager_cpu(x):
-        s = whole_pow2(exponent, _compute_dtype(x))
+        s = whole_pow2(exponent, compute_dtype(x))
         return _apply(_Static, x, s, qmin, qmax, rounding, window)
     step = math.ldexp(1.0, int(exponent.detach()))
     if _lean_rounds(rounding, qmin, qmax) and 2.0**-_LEAN_EXPONENTS <= step <= 2.0**_LEAN_EXPONENTS:
         return _apply(_Lean, x, None, step, qmin, qmax, False, window)
-    s = torch.tensor(step, dtype=_compute_dtype(x))  # what pow2 gives, in one operation
+    s = torch.tensor(step, dtype=compute_dtype(x))  # what pow2 gives, in one operation
     return _apply(_Static, x, s, qmin, qmax, rounding, window)
 
 

@@ -39,4 +39,6 @@ def pass_through(x: Tensor, value: Tensor, inside: Tensor | None = None) -> Tens
     >>> y.tolist(), x.grad.tolist()
     ([0.25, 0.75], [1.0, 0.0])
     """
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return value
     return _PassThrough.apply(x, value, inside)  # type: ignore[no-untyped-call, no-any-return]  # torch leaves it untyped
