@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 __all__ = ["ConfigError", "InvariantError", "UnsupportedModelError", "nearest"]
 
@@ -33,3 +33,13 @@ def nearest(word: str, known: Iterable[str]) -> str:
     if close:
         return f" Did you mean {close[0]!r}?"
     return " Known: " + ", ".join(repr(name) for name in known) + "."
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """Names for a sentence, cut where they are many.
+
+    >>> listed(["a", "b", "c"]), listed(["a", "b", "c"], most=2)
+    ('a, b, c', 'a, b and 1 more')
+    """
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

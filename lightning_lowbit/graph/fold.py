@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["batch_statistics", "fold_batch_norm", "per_channel", "per_output"]
+__all__ = ["batch_statistics", "fold_batch_norm", "merge_factor", "per_channel", "per_output"]
 
 
 def per_output(values: Tensor, weight: Tensor, out_axis: int = 0, groups: int = 1) -> Tensor:
@@ -59,8 +59,14 @@ def fold_batch_norm(
         folded weight and bias; gradients flow into every argument that requires them.
     """
     factor = (1.0 if gamma is None else gamma) / torch.sqrt(var + eps)
-    shift = -mean if bias is None else bias - mean
-    folded_bias = shift * factor
+    return merge_factor(weight, bias, factor, beta, mean, out_axis, groups)
+
+
+def merge_factor(
+    weight: Tensor, bias: Tensor | None, factor: Tensor, beta: Tensor | None, mean: Tensor, out_axis: int, groups: int
+) -> tuple[Tensor, Tensor]:
+    """The same by what the norm multiplies its channels with, [C]: w' = w * factor, b' = beta + (b - mean) * factor."""
+    folded_bias = (-mean if bias is None else bias - mean) * factor
     if beta is not None:
         folded_bias = beta + folded_bias
     return weight * per_output(factor, weight, out_axis, groups), folded_bias

@@ -121,5 +121,5 @@ class EvaluationBias(BiasQuantizer):
     def quantize(self, x: Tensor, rectify: bool = False) -> Tensor:
         if self.training and self.switch.mode is Mode.LOWBIT:
             return x
-        unit = self._unit()
+        unit = self._unit(x)
         return x if unit is None or unit.numel() > 1 else super().quantize(x, rectify)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_lowbit.graph.fold import per_channel, per_output
+from lightning_lowbit.graph.fold import merge_factor, per_channel, per_output
 from lightning_lowbit.modules.base import Site
 from lightning_lowbit.modules.clipped import ClipQuantizer
 from lightning_lowbit.modules.quantizer import Quantizer
@@ -28,7 +28,7 @@ from lightning_lowbit.numerics.merged_bias import (
 from lightning_lowbit.numerics.observers import AllReduce
 from lightning_lowbit.numerics.through import pass_through
 
-__all__ = ["BiasRule", "MergedBias", "MergedWeight", "WeightFormat", "merge_norm"]
+__all__ = ["BiasRule", "MergedBias", "MergedWeight", "WeightFormat", "merge_norm", "take_apart"]
 
 BiasRule = Literal["int32", "tidl", "tidl_scale", "own", "float"]
 
@@ -59,16 +59,20 @@ def merge_norm(layer: Any, weight: Tensor, mean: Tensor, var: Tensor, constant: 
     """
     norm = layer.norm
     factor = channel_factor(norm, var)
-    bias = (-mean if layer.bias is None else layer.bias - mean) * factor
-    merged = weight * per_output(factor, weight, layer.out_axis, layer.groups)
-    if norm.bias is not None:
-        bias = bias + norm.bias
+    merged, bias = merge_factor(weight, layer.bias, factor, norm.bias, mean, layer.out_axis, layer.groups)
     if constant:
         dead = dead_channels(var)
         beta = torch.zeros_like(bias) if norm.bias is None else norm.bias
         rows = per_output(dead.to(weight.dtype), weight, layer.out_axis, layer.groups) > 0
         merged, bias = torch.where(rows, 0.0, merged), torch.where(dead, beta, bias)
     return merged, bias
+
+
+@torch.no_grad()
+def take_apart(layer: Any, merged: Tensor, master: Tensor, var: Tensor, floor: bool = False) -> Tensor:
+    """A merged weight with its norm, at that variance, taken out again (numerics.merged.unmerge)."""
+    factor = per_output(channel_factor(layer.norm, var), master, layer.out_axis, layer.groups)
+    return unmerge(merged, factor, layer.norm.eps, master, floor=floor)
 
 
 @dataclass(frozen=True)
@@ -123,17 +127,19 @@ class MergedWeight(Quantizer):
         self.has_snapped = bool(self.snapped.round().item())
 
     def scale(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Codes per unit, 0-dim or shaped to multiply ``weight``."""
+        """Codes per unit, 0-dim or shaped to multiply ``weight``; of the ``bias`` beside it (None: evaluation's)."""
         form, layer = self.form, self.layer
         scale = weight_scale(
             weight, form.bits, power2=form.power2, per_channel=form.per_channel, out_axis=layer.out_axis,
             groups=layer.groups, percent=form.percent, cap=form.cap,
         )  # fmt: skip
-        source = _limits_of(layer) if self.bias == "tidl_scale" else None
-        if source is not None and bias is not None:
-            limits, bits = source
-            scale = reduce_weight_scale(scale, bias, limits.low, limits.high, form.bits, bits)
-        return scale
+        if self.bias != "tidl_scale":
+            return scale
+        bias, source = layer.in_evaluation()[1] if bias is None else bias, _limits_of(layer)
+        if bias is None or source is None:
+            return scale
+        limits, bits = source
+        return reduce_weight_scale(scale, bias, limits.low, limits.high, form.bits, bits)
 
     def forward(self, x: Tensor, rectify: bool = False, scale: Tensor | None = None) -> Tensor:
         if not (self.switch.quantizing and self.ready):
@@ -167,19 +173,12 @@ class MergedWeight(Quantizer):
     def saturated(self, x: Tensor) -> Tensor:
         return (~inside(x.detach(), self.scale(x.detach()), self.form.bits)).sum()
 
-    def factor(self) -> Tensor | None:
-        """What the batch norm's moving statistics multiply the weight with, shaped to; None without one."""
-        layer, norm = self.layer, self.layer.norm
-        if norm is None:
-            return None
-        factor = channel_factor(norm, norm.running_var).detach()
-        return per_output(factor, layer.weight, layer.out_axis, layer.groups)
-
     @torch.no_grad()
     def _store(self, merged: Tensor, where: Tensor, floor: bool) -> None:
         """Write a merged weight back where told, its batch norm taken out again."""
-        master, factor = getattr(self.layer, "weight_orig", self.layer.weight), self.factor()  # a pruned one's own
-        new = merged if factor is None else unmerge(merged, factor, self.layer.norm.eps, master, floor=floor)
+        layer = self.layer
+        master = getattr(layer, "weight_orig", layer.weight)  # a pruned one's own
+        new = merged if layer.norm is None else take_apart(layer, merged, master, layer.norm.running_var, floor)
         # .data: the backward of the batch in which it happens then multiplies by these values, as published.
         master.data.copy_(torch.where(where, new, master))
 

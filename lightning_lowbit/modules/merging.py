@@ -17,11 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_lowbit.graph.fold import per_output
 from lightning_lowbit.modules.clipped import ClipQuantizer
-from lightning_lowbit.modules.merged import channel_factor
+from lightning_lowbit.modules.merged import take_apart
 from lightning_lowbit.modules.quantizer import in_backward, on
-from lightning_lowbit.numerics.merged import unmerge
 from lightning_lowbit.numerics.through import pass_through
 
 __all__ = ["Backward", "Group", "merged_layer"]
@@ -166,16 +164,14 @@ def _apart(layer: Any, statistics: tuple[Tensor, Tensor] | None = None) -> Tenso
     """Wq with BN taken out again, as a function of W that passes gradients through; W where BN's factor is nil."""
     quantizer, master, norm = layer.lowbit_weight, layer.weight, layer.norm
     with torch.no_grad():
-        if norm is None:
-            weight, bias, factor = master, layer.bias, None
-        else:
+        weight, bias, var = master, layer.bias, None
+        if norm is not None:
             mean, var = statistics or (norm.running_mean, norm.running_var)
             weight, bias = layer.scheme.merge(layer, master, mean, var)
-            factor = per_output(channel_factor(norm, var), master, layer.out_axis, layer.groups)
         scale = quantizer.scale(weight, bias)
         value = quantizer(weight, scale=scale)
         quantizer.snap(value)
-        if factor is not None:
-            value = unmerge(value, factor, norm.eps, master.detach(), floor=False)
         mask = quantizer.mask(weight, scale)
+        if var is not None:
+            value = take_apart(layer, value, master.detach(), var)
     return pass_through(master, value, mask)

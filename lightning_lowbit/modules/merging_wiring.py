@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_lowbit.errors import listed
 from lightning_lowbit.graph.ops import Kind
 from lightning_lowbit.modules.clipped import ClipQuantizer
 from lightning_lowbit.modules.elementwise import LowBitReLU
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from lightning_lowbit.graph.trace import CallKey
 
 __all__ = ["group_layers"]
-
-_NAMED = 8  # layers that one note names
 
 
 def group_layers(root: nn.Module, flow: Flow, plan: Plan) -> list[str]:
@@ -60,8 +59,7 @@ def group_layers(root: nn.Module, flow: Flow, plan: Plan) -> list[str]:
     if plan.layers:
         root.get_submodule(plan.layers[0].path).__dict__["group"].norms = norms
     if floats:
-        more = f" and {len(floats) - _NAMED} more" if len(floats) > _NAMED else ""
-        notes.append(f"no quantizer on what {', '.join(floats[:_NAMED])}{more} read{'s' * (len(floats) == 1)}")
+        notes.append(f"no quantizer on what {listed(floats)} read{'s' * (len(floats) == 1)}")
     return notes
 
 

@@ -196,29 +196,28 @@ class BiasQuantizer(ThresholdQuantizer):
             del self.log2_t
             self.register_parameter("log2_t", None)
 
-    def _unit(self) -> Tensor | None:
-        """Exponent of the sums that the bias is added to; None while a grid beside it is open."""
+    def _unit(self, bias: Tensor) -> Tensor | None:
+        """Exponent of the sums that the bias is added to; None while a grid beside it is open.
+
+        Where 32 bits of it do not reach the largest bias (16-bit codes), what the bias is shifted by.
+        """
         unit: Tensor | None = self.layer.accumulator_exponent()
         accumulator = self.layer.lowbit_accumulator
-        return unit if unit is None or accumulator is None else accumulator.exponent()
+        unit = unit if unit is None or accumulator is None else accumulator.exponent()
+        if unit is None or self.bits < _INT32 or not bias.numel():
+            return unit
+        return torch.maximum(unit, ceil_log2(bias.detach().abs().amax()) - (self.bits - 1))
 
     def exponent(self) -> Tensor:
         if self.own:
             return super().exponent()
-        unit, bias = self._unit(), self.layer.in_evaluation()[1]
-        return torch.zeros((), dtype=torch.int32) if unit is None else self._holding(unit, bias)
-
-    def _holding(self, unit: Tensor, bias: Tensor) -> Tensor:
-        """The unit, or what it is shifted by where 32 bits of it do not reach the largest bias (16-bit codes)."""
-        if self.bits < _INT32 or not bias.numel():
-            return unit
-        return torch.maximum(unit, ceil_log2(bias.detach().abs().amax()) - (self.bits - 1))
+        unit = self._unit(self.layer.in_evaluation()[1])
+        return torch.zeros((), dtype=torch.int32) if unit is None else unit
 
     def quantize(self, x: Tensor, rectify: bool = False) -> Tensor:
         if self.own:
             return super().quantize(x, rectify)
-        unit = self._unit()
-        unit = None if unit is None else self._holding(unit, x)
+        unit = self._unit(x)
         return x if unit is None else fake_quantize(x, unit, qmin=self.qmin, qmax=self.qmax, rounding=self.rounding)
 
     def observe(self, x: Tensor) -> None:

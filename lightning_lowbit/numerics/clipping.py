@@ -15,12 +15,12 @@ from torch import Tensor
 
 from lightning_lowbit.numerics.dtypes import wide
 from lightning_lowbit.numerics.exponent import ceil2
+from lightning_lowbit.numerics.merged import TINY
 from lightning_lowbit.numerics.rounding import Rounding, round_to
 from lightning_lowbit.numerics.ste import eager_cpu, slices, ulp
 
 __all__ = ["HostLimits", "Limits", "clip_quantize", "clip_quantize_reference", "clip_saturated", "limits_of"]
 
-_FLOOR = 2.0**-16  # limits below this act as this
 _SLICE = 1 << 17  # elements per thread and pass: the slices of one step share the L2 cache, calls stay few
 _LEAN_CODES = 1 << 17  # codes up to this stay exact in every pass
 _LEAN_ROUNDINGS = (Rounding.HALF_UP, Rounding.HALF_EVEN, Rounding.HALF_AWAY)
@@ -109,7 +109,7 @@ def limits_of(clips: Tensor, signed: bool | None, bits: int, power2: bool = True
 def _power_of_two_limits(low: float, high: float, signed: bool | None, bits: int) -> HostLimits:
     """The symmetric rows of the table on the host: a fifth of the time of operations on tensors of one number."""
     negative = low < 0 if signed is None else signed
-    reach = max(abs(high), abs(low) if negative else 0.0, _FLOOR)
+    reach = max(abs(high), abs(low) if negative else 0.0, TINY)
     mantissa, exponent = math.frexp(reach)
     a = min(math.ldexp(1.0, exponent - (mantissa == 0.5)), 2.0**127)
     half = 2.0 ** (bits - 1)
@@ -124,7 +124,7 @@ def _limits(clips: Tensor, signed: bool | None, bits: int, power2: bool, symmetr
     raised = ceil2 if power2 else _finite
     if not symmetric:
         low = torch.zeros_like(c0) if signed is False else c0.clamp(max=0.0)
-        scale = raised((c1.clamp(min=_FLOOR) - low) / last).reciprocal()
+        scale = raised((c1.clamp(min=TINY) - low) / last).reciprocal()
         z = (0.0 - low * scale).round().clamp(0, last)
         step = scale.reciprocal()  # as the codes are scaled back
         return torch.stack([0.0 - z * step, (last - z) * step, scale, 0 * z, 0 * z + last, z])
@@ -134,7 +134,7 @@ def _limits(clips: Tensor, signed: bool | None, bits: int, power2: bool, symmetr
     else:
         negative = torch.full_like(c0, signed)
         reach = clips.abs().amax() if signed else c1.abs()
-    a = raised(reach.clamp(min=_FLOOR))
+    a = raised(reach.clamp(min=TINY))
     qmin = 0.0 - half * negative  # nowhere -0
     return torch.stack([0.0 - a * negative, a, (last + 1 + qmin) / a, qmin, qmin + last, 0 * negative])
 

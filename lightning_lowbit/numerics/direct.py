@@ -23,11 +23,10 @@ __all__ = [
     "code_dtype",
     "direct_quantize",
     "direct_quantize_reference",
-    "fixed_width",
     "fixed_width_codes",
     "fixed_width_codes_reference",
-    "fixed_width_reference",
-    "fraction_bits",
+    "fixed_width_values",
+    "fixed_width_values_reference",
     "grid_codes",
 ]
 
@@ -69,7 +68,7 @@ def direct_quantize(x: Tensor, bits: int, *, clipped: bool = False) -> Tensor:
         return wide(x)
     if clipped:
         _require_bits(bits, True, "direct_quantize")
-        return fixed_width(x, bits - 1, bits=bits)
+        return fixed_width_values(x, bits - 1, bits=bits)
     if bits < 1:
         raise ConfigError(f"direct_quantize: got bits={bits}, expected at least 1.")
     if not eager_cpu(x):
@@ -91,16 +90,7 @@ def direct_quantize_reference(x: Tensor, bits: int, *, clipped: bool = False) ->
     return pass_through(x, y.clamp(unit - 1, 1 - unit) if clipped else y)
 
 
-def fraction_bits(bits: int, integer_bits: int, signed: bool = True) -> int:
-    """f = bits - sign - integer_bits; both may be negative.
-
-    >>> fraction_bits(8, 0), fraction_bits(8, 0, signed=False), fraction_bits(8, 3), fraction_bits(8, -2)
-    (7, 8, 4, 9)
-    """
-    return bits - int(signed) - integer_bits
-
-
-def fixed_width(x: Tensor, fraclen: Tensor | int, *, bits: int = 8, signed: bool = True) -> Tensor:
+def fixed_width_values(x: Tensor, fraclen: Tensor | int, *, bits: int = 8, signed: bool = True) -> Tensor:
     """clip(round(x 2^f), -M or 0, M) 2^-f; the gradient is that of the identity, also where the clip acts.
 
     ========  ==============================
@@ -110,7 +100,7 @@ def fixed_width(x: Tensor, fraclen: Tensor | int, *, bits: int = 8, signed: bool
     False     0..M, M = 2^bits - 1
     ========  ==============================
 
-    Ties to even; NaN stays NaN. ``fraction_bits`` gives f for a number of integer bits.
+    Ties to even; NaN stays NaN. ``widths.Format.fraction`` is f for a number of integer bits.
 
     Args:
         x: float tensor of any shape and memory format; half-precision types are computed in float32.
@@ -123,24 +113,24 @@ def fixed_width(x: Tensor, fraclen: Tensor | int, *, bits: int = 8, signed: bool
         ConfigError: too few bits.
 
     >>> x = torch.tensor([-9.0, -0.75, 0.25, 0.75, 1.25, 9.0], requires_grad=True)
-    >>> y = fixed_width(x, 1, bits=4)
+    >>> y = fixed_width_values(x, 1, bits=4)
     >>> y.tolist(), torch.autograd.grad(y.sum(), x)[0].tolist()
     ([-3.5, -1.0, 0.0, 1.0, 1.0, 3.5], [1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
-    >>> fixed_width(x, 1, bits=4, signed=False).tolist()
+    >>> fixed_width_values(x, 1, bits=4, signed=False).tolist()
     [0.0, 0.0, 0.0, 1.0, 1.0, 7.5]
     """
-    most = _require_bits(bits, signed, "fixed_width")
+    most = _require_bits(bits, signed, "fixed_width_values")
     return pass_through(x, fake_quantize(x.detach(), -_whole(fraclen, x), qmin=-most if signed else 0, qmax=most))
 
 
-def fixed_width_reference(x: Tensor, fraclen: Tensor | int, *, bits: int = 8, signed: bool = True) -> Tensor:
-    """The formula of :func:`fixed_width`, one operation per symbol: slow, obvious, on every device."""
+def fixed_width_values_reference(x: Tensor, fraclen: Tensor | int, *, bits: int = 8, signed: bool = True) -> Tensor:
+    """The formula of :func:`fixed_width_values`, one operation per symbol: slow, obvious, on every device."""
     code, step = _codes(x, fraclen, bits, signed)
     return pass_through(x, code * step)
 
 
 def fixed_width_codes(x: Tensor, fraclen: Tensor | int, *, bits: int = 8, signed: bool = True) -> Tensor:
-    """The integers of :func:`fixed_width`: value = code * 2^-fraclen. NaN has no code and gives any.
+    """The integers of :func:`fixed_width_values`: value = code * 2^-fraclen. NaN has no code and gives any.
 
     Args:
         x, fraclen, bits, signed: as there; one fraclen for all of x is the fast form.
@@ -206,7 +196,7 @@ def code_dtype(bits: int, signed: bool = True) -> torch.dtype:
 
 
 def _codes(x: Tensor, fraclen: Tensor | int, bits: int, signed: bool) -> tuple[Tensor, Tensor]:
-    most = _require_bits(bits, signed, "fixed_width")
+    most = _require_bits(bits, signed, "fixed_width_values")
     step = whole_pow2(-_whole(fraclen, x), compute_dtype(x))
     return torch.round(wide(x.detach()) / step).clamp(-most if signed else 0, most), step
 

@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
-import torch
 from torch import Tensor
 
 from lightning_lowbit.numerics.flag import flag_quantize
 from lightning_lowbit.numerics.shift import code_limit, shift_quantize
+from lightning_lowbit.numerics.ste import gate_backward
 
 __all__ = ["flag_gate", "shift_gate"]
-
-
-class _Gate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bits: int, flag: bool, clip_to_one: bool, nonfinite: Tensor | None) -> Tensor:
-        ctx.rule = bits, flag, clip_to_one
-        ctx.nonfinite = nonfinite
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        bits, flag, clip_to_one = ctx.rule
-        y, finite = flag_quantize(g, bits) if flag else shift_quantize(g, bits, clip_to_one=clip_to_one)
-        if ctx.nonfinite is not None:
-            ctx.nonfinite.add_(~finite)
-        return y.to(g.dtype), None, None, None, None
 
 
 def shift_gate(x: Tensor, bits: int = 8, *, clip_to_one: bool = False, nonfinite: Tensor | None = None) -> Tensor:
@@ -38,7 +22,7 @@ def shift_gate(x: Tensor, bits: int = 8, *, clip_to_one: bool = False, nonfinite
         nonfinite: integer 0-dim tensor on the device of x, counts the gradients that were not finite.
     """
     code_limit(bits, "shift_gate")
-    return _apply(x, bits, False, clip_to_one, nonfinite)
+    return gate_backward(x, partial(_shifted, bits=bits, clip_to_one=clip_to_one, nonfinite=nonfinite))
 
 
 def flag_gate(x: Tensor, bits: int = 8, *, nonfinite: Tensor | None = None) -> Tensor:
@@ -48,8 +32,18 @@ def flag_gate(x: Tensor, bits: int = 8, *, nonfinite: Tensor | None = None) -> T
         x, bits, nonfinite: as of :func:`shift_gate`.
     """
     code_limit(bits, "flag_gate")
-    return _apply(x, bits, True, False, nonfinite)
+    return gate_backward(x, partial(_flagged, bits=bits, nonfinite=nonfinite))
 
 
-def _apply(*args: Any) -> Tensor:
-    return _Gate.apply(*args)  # type: ignore[no-untyped-call, no-any-return]  # torch leaves it untyped
+def _shifted(g: Tensor, bits: int, clip_to_one: bool, nonfinite: Tensor | None) -> Tensor:
+    return _counted(*shift_quantize(g, bits, clip_to_one=clip_to_one), nonfinite).to(g.dtype)
+
+
+def _flagged(g: Tensor, bits: int, nonfinite: Tensor | None) -> Tensor:
+    return _counted(*flag_quantize(g, bits), nonfinite).to(g.dtype)
+
+
+def _counted(y: Tensor, finite: Tensor, nonfinite: Tensor | None) -> Tensor:
+    if nonfinite is not None:
+        nonfinite.add_(~finite)
+    return y

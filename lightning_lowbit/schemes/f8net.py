@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from lightning_lowbit.errors import ConfigError
+from lightning_lowbit.errors import ConfigError, listed
 from lightning_lowbit.graph.plan import Union
 from lightning_lowbit.graph.units import FROM_OUTSIDE, EdgeClass, edge_classes
 from lightning_lowbit.modules.base import Milestone, Moment, Scheme, Site, UpdateRule
@@ -33,7 +33,6 @@ Select = Literal["rms", "std", "mae", "grid", "histogram"]
 _CLOSED_FORM_BITS = 8
 _PIXEL_FRACLEN = 8  # pixels are n / 256
 _LEAST_STRICT_BITS = 4
-_NAMED = 8  # layers that one note names
 
 
 @dataclass(frozen=True)
@@ -257,9 +256,7 @@ class F8Net(Scheme):
             if edges not in clipped and edges.consumers and edges.open != FROM_OUTSIDE:
                 without[edges.open or f"{keeps_six(edges, flow)} has readers that do not clip"] += edges.consumers
         for reason, paths in without.items():
-            more = f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else ""
-            reads = "reads" if len(paths) == 1 else "read"
-            notes.append(f"no trained clip on what {', '.join(paths[:_NAMED])}{more} {reads}: {reason}")
+            notes.append(f"no trained clip on what {listed(paths)} read{'s' * (len(paths) == 1)}: {reason}")
         return notes
 
     def update_rule(self, modules: dict[str, nn.Module]) -> UpdateRule:

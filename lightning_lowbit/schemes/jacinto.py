@@ -1,4 +1,4 @@
-"""TI's quantization-aware training for its accelerators (edgeai-torchvision; the devices of the Jacinto family)."""
+"""TI's quantization-aware training for its accelerators (edgeai; the devices of the Jacinto family)."""
 
 from __future__ import annotations
 

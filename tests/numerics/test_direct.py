@@ -16,12 +16,12 @@ from lightning_lowbit.numerics.direct import (
     code_dtype,
     direct_quantize,
     direct_quantize_reference,
-    fixed_width,
     fixed_width_codes,
     fixed_width_codes_reference,
-    fixed_width_reference,
-    fraction_bits,
+    fixed_width_values,
+    fixed_width_values_reference,
 )
+from lightning_lowbit.numerics.widths import Format
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-(2.0**60), max_value=2.0**60)
 WIDTHS = [(2, True), (4, True), (8, True), (16, True), (20, True), (24, True), (1, False), (8, False), (16, False)]
@@ -78,7 +78,7 @@ def test_the_gradient_is_that_of_the_identity_where_the_clip_acts() -> None:
             x = torch.tensor([-5.0, 0.3, 5.0], requires_grad=True)
             assert torch.equal(torch.autograd.grad(function(x, 8, clipped=clipped), x, g)[0], g)
     x = torch.tensor([-5.0, 0.3, 5.0], requires_grad=True)
-    for function in (fixed_width, fixed_width_reference):
+    for function in (fixed_width_values, fixed_width_values_reference):
         assert torch.equal(torch.autograd.grad(function(x, 7, signed=False), x, g)[0], g)
 
 
@@ -87,10 +87,10 @@ def test_the_gradient_is_that_of_the_identity_where_the_clip_acts() -> None:
 def test_fast_fixed_width_equals_the_formula(bits: int, signed: bool, fraclen: int) -> None:
     x = hard(2.0**-fraclen)
     y, codes = (
-        fixed_width(x, fraclen, bits=bits, signed=signed),
+        fixed_width_values(x, fraclen, bits=bits, signed=signed),
         fixed_width_codes(x, fraclen, bits=bits, signed=signed),
     )
-    assert torch.equal(y, fixed_width_reference(x, fraclen, bits=bits, signed=signed))
+    assert torch.equal(y, fixed_width_values_reference(x, fraclen, bits=bits, signed=signed))
     assert torch.equal(codes, fixed_width_codes_reference(x, fraclen, bits=bits, signed=signed))
     assert codes.dtype == code_dtype(bits, signed)
     assert torch.equal(codes.double() * 2.0**-fraclen, y.double())
@@ -114,17 +114,17 @@ def test_codes_keep_the_memory_format_and_take_half_precision() -> None:
 def test_fraclen_may_be_a_tensor_and_one_per_channel() -> None:
     x = hard(1.0)[:1200].reshape(2, 600)
     for fraclen in (torch.tensor(3), torch.tensor([3.0])):
-        assert torch.equal(fixed_width(x, fraclen), fixed_width(x, 3))
+        assert torch.equal(fixed_width_values(x, fraclen), fixed_width_values(x, 3))
         assert torch.equal(fixed_width_codes(x, fraclen), fixed_width_codes(x, 3))
-    each = fixed_width(x, torch.tensor([[3], [-2]]))
-    assert torch.equal(each, torch.stack([fixed_width(x[0], 3), fixed_width(x[1], -2)]))
+    each = fixed_width_values(x, torch.tensor([[3], [-2]]))
+    assert torch.equal(each, torch.stack([fixed_width_values(x[0], 3), fixed_width_values(x[1], -2)]))
     codes = fixed_width_codes(x, torch.tensor([[3], [-2]]))
     assert torch.equal(codes, torch.stack([fixed_width_codes(x[0], 3), fixed_width_codes(x[1], -2)]))
 
 
 def test_integer_bits_move_the_largest_value() -> None:
     for integer_bits in (-2, 0, 3):
-        top = fixed_width(torch.tensor([1e9]), fraction_bits(8, integer_bits), bits=8)
+        top = fixed_width_values(torch.tensor([1e9]), Format(8, integer_bits).fraction, bits=8)
         assert top.item() == 2.0**integer_bits * 127 / 128
 
 
@@ -135,9 +135,14 @@ def test_nan_inf_and_nothing() -> None:
         assert bool(y[0].isnan())
         assert y[1:].tolist() == [math.inf, -math.inf]
         assert function(x, 8, clipped=True)[1:].tolist() == [127 / 128, -127 / 128]
-    assert bool(fixed_width(x, 7)[0].isnan())
+    assert bool(fixed_width_values(x, 7)[0].isnan())
     empty = torch.zeros(0, 3)
-    assert direct_quantize(empty, 8).shape == fixed_width(empty, 7).shape == fixed_width_codes(empty, 7).shape == (0, 3)
+    assert (
+        direct_quantize(empty, 8).shape
+        == fixed_width_values(empty, 7).shape
+        == fixed_width_codes(empty, 7).shape
+        == (0, 3)
+    )
 
 
 def test_too_few_bits_are_refused() -> None:
@@ -154,7 +159,7 @@ def test_too_few_bits_are_refused() -> None:
 def test_whole_graphs_equal_eager() -> None:
     def both(x: Tensor, fraclen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         y = direct_quantize(direct_quantize(x, 8), 4, clipped=True)
-        return y, fixed_width(x, fraclen, signed=False), fixed_width_codes(x, fraclen)
+        return y, fixed_width_values(x, fraclen, signed=False), fixed_width_codes(x, fraclen)
 
     x, fraclen = hard(2.0**-7), torch.tensor(7)
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")

@@ -179,8 +179,13 @@ def two_ranks(folder: Path) -> None:
         torch.save(module.state_dict(), folder / f"{number}-{run.global_rank}.pt")
 
 
-if __name__ == "__main__":
+def as_script(main: Callable[[Path], None]) -> None:
+    """Run in a process of its own, with the folder for its results as the only word."""
     warnings.filterwarnings("ignore")  # the tests judge values
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    two_ranks(Path(sys.argv[1]))
+    main(Path(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    as_script(two_ranks)

@@ -5,16 +5,13 @@ python jacinto_ranks.py FOLDER
 
 from __future__ import annotations
 
-import logging
-import sys
-import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy
-from schemes.conformance import Net, copy_of, images, loader, net, trainer
+from schemes.conformance import Net, as_script, copy_of, images, loader, net, trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -66,7 +63,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore")  # the tests judge values
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    as_script(main)

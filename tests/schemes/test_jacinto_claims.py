@@ -182,3 +182,14 @@ def test_values_that_are_no_numbers_are_counted() -> None:
     x[0, 0, 0, :3] = float("nan")
     with pytest.raises(ConfigError, match=r"0\.lowbit_input: 3 NaN or infinite values in calibration"):
         convert(nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), "jacinto", x)
+
+
+def test_weights_that_give_way_to_their_bias_are_proved_on_their_own_grid() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).eval()
+    with torch.no_grad():
+        net[2].bias.fill_(900.0)
+    convert(net, "jacinto", torch.randn(16, 4), bias="tidl_scale")
+    weight = net[2].lowbit_weight
+    assert weight.grid().contains(weight.quantize(net[2].weight.detach()))
+    assert weight.grid().exponent > -7

@@ -11,7 +11,7 @@ from schemes.wageubn_vectors_quantizers import gradient
 from torch import Tensor
 
 from lightning_lowbit.numerics.constant import constant_quantize
-from lightning_lowbit.numerics.direct import direct_quantize, fixed_width
+from lightning_lowbit.numerics.direct import direct_quantize, fixed_width_values
 from lightning_lowbit.numerics.shift import shift_quantize
 from lightning_lowbit.numerics.ste import gate_backward
 
@@ -31,7 +31,7 @@ def unit_only(x: Tensor, dec: int, total: int) -> Tensor:
 
 def clipped(x: Tensor, dec: int, total: int) -> Tensor:
     """The unit of ``dec`` bits, ``total`` in all."""
-    return fixed_width(x, dec - 1, bits=total)
+    return fixed_width_values(x, dec - 1, bits=total)
 
 
 def untouched(x: Tensor, dec: int, total: int) -> Tensor:
