@@ -1,9 +1,9 @@
 """Exact integer products of 8-bit tensors and of packed signs, by several backends that agree bit for bit.
 
 The int8 functions take int8 tensors with any strides (convolutions are fastest on channels_last memory, weights
-included); the first operand of a forward product, the activations, may also be uint8. They return accumulators: int32,
-or int64 where so many products could wrap int32. With ``exact_float=True`` the result may be float32 that holds the
-very same integers, which saves a conversion.
+included); the activations, which are the first operand of a forward product and of a weight's gradient, may also be
+uint8. They return accumulators: int32, or int64 where so many products could wrap int32. With ``exact_float=True`` the
+result may be float32 that holds the very same integers, which saves a conversion.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def int8_conv2d_weight(
     """The gradient of `int8_conv2d` with respect to w, given the int8 errors (N, O, H', W') at its output.
 
     Args:
-        x: (N, C, H, W) int8.
+        x: (N, C, H, W) int8, or uint8 activations.
         err: (N, O, H', W') int8.
         weight_size: (O, C / groups, kh, kw).
         stride, padding, dilation, groups, backend, exact_float: as in `int8_conv2d`.
@@ -142,13 +142,13 @@ def int8_conv2d_weight(
         Accumulators of shape weight_size in channels_last memory; int64 where N * H' * W' products could
         exceed int32.
     """
-    _check("int8_conv2d_weight", x, err)
+    _check("int8_conv2d_weight", x, err, activations=True)
     geo = geometry(x.shape, torch.Size(weight_size), stride, padding, dilation, groups)
     _check_size("int8_conv2d_weight", err, geo)
-    product = choose(x.device.type, backend).conv2d_weight
+    product = choose(x.device.type, backend, x.dtype).conv2d_weight
     if 0 in (*geo.weight_size, geo.weight_terms, *geo.input_size):
         return _empty(geo.weight_size, x)
-    return _image(product(x, err, geo), geo.weight_terms, exact_float)
+    return _image(product(x, err, geo), geo.weight_terms, exact_float, x.dtype)
 
 
 def int8_conv1d(
@@ -182,8 +182,8 @@ def int8_conv1d_weight(
     x: Tensor, err: Tensor, weight_size: tuple[int, ...], *, stride: int = 1, padding: int | tuple[int, int] = 0,
     dilation: int = 1, groups: int = 1, backend: str | None = None, exact_float: bool = False,
 ) -> Tensor:  # fmt: skip
-    """`int8_conv2d_weight` of signals: err (N, O, L'), weight_size (O, C / groups, k)."""
-    _check("int8_conv1d_weight", x, err, 3)
+    """`int8_conv2d_weight` of signals: x (N, C, L), err (N, O, L'), weight_size (O, C / groups, k)."""
+    _check("int8_conv1d_weight", x, err, 3, activations=True)
     outputs, channels, taps = weight_size
     acc = int8_conv2d_weight(
         x.unsqueeze(2), err.unsqueeze(2), (outputs, channels, 1, taps), stride=(1, stride), padding=_sides(padding),

@@ -39,7 +39,7 @@ class Backend(Protocol):
         """Its gradient with respect to the input."""
 
     def conv2d_weight(self, x: Tensor, err: Tensor, geo: Geometry) -> Tensor:
-        """Its gradient with respect to the weight."""
+        """Its gradient with respect to the weight; x may be uint8."""
 
 
 BACKENDS: dict[str, Backend] = {"reference": reference, "simulate": simulate, "int8": cpu, "cuda": cuda}
@@ -72,7 +72,7 @@ def use(backend: str) -> Iterator[None]:
 def choose(device: str, backend: str | None = None, dtype: torch.dtype = torch.int8) -> Backend:
     """The backend for tensors of a device type: argument, else innermost `use`, else environment, else the fastest.
 
-    dtype is that of the first operand; with uint8 only the forward products are probed, and may be asked for.
+    dtype is that of the first operand; with uint8 all but `conv2d_input` are probed, and may be asked for.
     """
     name = backend or asked()
     try:
@@ -166,15 +166,16 @@ def _differs(backend: Backend, device: str, dtype: torch.dtype) -> str | None:
                     return f"wrong matrix product of {kind}, {m}x{k}x{n}"
             for geo in _LAYERS:
                 x, w = _pair(kind, dtype, geo.input_size, geo.weight_size)
-                near = [x.to(device), w.to(device)]
-                pairs = [(backend.conv2d(near[0], near[1], geo), reference.conv2d(x, w, geo))]
+                err = _pair(kind, dtype, (1,), geo.output_size)[1]
+                near = [x.to(device), w.to(device), err.to(device)]
+                pairs = [
+                    (backend.conv2d(near[0], near[1], geo), reference.conv2d(x, w, geo)),
+                    (backend.conv2d_weight(near[0], near[2], geo), reference.conv2d_weight(x, err, geo)),
+                ]
                 if dtype is torch.int8:
                     err = _pair(kind, dtype, geo.output_size, (1,))[0]
-                    near.append(err.to(device))
-                    pairs += [
-                        (backend.conv2d_input(near[2], near[1], geo), reference.conv2d_input(err, w, geo)),
-                        (backend.conv2d_weight(near[0], near[2], geo), reference.conv2d_weight(x, err, geo)),
-                    ]
+                    found = backend.conv2d_input(err.to(device), near[1], geo)
+                    pairs.append((found, reference.conv2d_input(err, w, geo)))
                 if not all(torch.equal(_host(found), expected) for found, expected in pairs):
                     return f"wrong convolution of {kind}"
     # Private operators: a build without them, or with another signature, may raise anything.

@@ -1,6 +1,6 @@
 """The integer products on CPUs with int8 dot-product instructions: `torch._int_mm` and oneDNN's quantized convolution.
 
-Activations may be uint8: the matrix product takes them as int8 less 128, the convolution as they are.
+Activations may be uint8: the matrix products take them as int8 less 128, the convolution as they are.
 
 Neither is documented to be exact: on CPUs without such instructions both saturate pairs of products in 16 bits and
 say nothing. `backends` uses this module only after a probe; the convolution is probed for each geometry besides.
@@ -87,7 +87,7 @@ def conv2d_input(err: Tensor, w: Tensor, geo: Geometry) -> Tensor:
 
 
 def conv2d_weight(x: Tensor, err: Tensor, geo: Geometry) -> Tensor:
-    """Gradient of the weight: int32, or int64 where int32 might wrap."""
+    """Gradient of the weight, x int8 or uint8: int32, or int64 where int32 might wrap."""
     _note(geo.weight_terms)
     if geo.groups > 1:
         return _weight_in_groups(x, err, geo)
@@ -252,6 +252,10 @@ def _scattered(err: Tensor, w: Tensor, geo: Geometry) -> Tensor:
 
 def _weight(x: Tensor, err: Tensor, geo: Geometry) -> Tensor:
     padded, errors = pad_or_crop(pixels(x), geo.top_bottom, geo.left_right), pixels(err)
+    shift = None
+    if x.dtype is torch.uint8:
+        # One number for each output: every tap of every channel meets all of its errors once.
+        padded, shift = _less_128(padded), _of_128(errors.flatten(0, 2)).t()
     if geo.stride == (1, 1) and geo.channels <= _PLANE_CHANNELS and geo.kernel != (1, 1):
         product, rows, errors = _taps_by_planes, _NARROW_ROWS, pad_or_crop(errors, *((0, way) for way in geo.reach))
     elif geo.stride[0] == 1 and geo.channels <= _ROW_CHANNELS and geo.kernel[0] > 1:
@@ -259,11 +263,13 @@ def _weight(x: Tensor, err: Tensor, geo: Geometry) -> Tensor:
     else:
         product, rows = _taps_by_patches, _ROWS
     count = _images_per_chunk(geo.out[0] * geo.out[1], rows)
-    dtype = torch.int32 if geo.weight_terms <= INT32_TERMS else torch.int64
+    dtype = torch.int32 if geo.weight_terms <= int32_terms(x.dtype) else torch.int64
     chunks = zip(torch.split(padded, count), torch.split(errors, count), strict=True)
     acc = product(*next(chunks), geo).to(dtype)
     for image, error in chunks:
         acc += product(image, error, geo)
+    if shift is not None:
+        acc -= shift
     return acc.view(geo.outputs, *geo.kernel, geo.channels).permute(0, 3, 1, 2)
 
 

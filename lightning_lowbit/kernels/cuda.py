@@ -51,8 +51,8 @@ def conv2d_input(err: Tensor, w: Tensor, geo: Geometry) -> Tensor:
 
 
 def conv2d_weight(x: Tensor, err: Tensor, geo: Geometry) -> Tensor:
-    """Gradient of the weight: errors times patches."""
-    if geo.groups > 1:
+    """Gradient of the weight: errors times patches; of groups and of uint8 by floats."""
+    if geo.groups > 1 or x.dtype is torch.uint8:
         return simulate.conv2d_weight(x, err, geo)
     rows = matmul(pixels(err).flatten(0, 2).t(), _patches(x, geo))
     return rows.view(geo.outputs, *geo.kernel, geo.channels).permute(0, 3, 1, 2)

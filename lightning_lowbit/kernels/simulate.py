@@ -88,12 +88,12 @@ def _conv2d_input(err: Tensor, w: Tensor, geo: Geometry) -> Tensor:
 
 
 def conv2d_weight(x: Tensor, err: Tensor, geo: Geometry) -> Tensor:
-    """Gradient of the weight: float32 where it is exact, else int64."""
+    """Gradient of the weight, x int8 or uint8: float32 where it is exact, else int64."""
     return _noted(_conv2d_weight(x, err, geo))
 
 
 def _conv2d_weight(x: Tensor, err: Tensor, geo: Geometry) -> Tensor:
-    if geo.weight_terms <= _FLOAT32_TERMS:
+    if geo.weight_terms <= float32_terms(x.dtype):
         return _backward(err, x, None, geo, torch.float32)
     per_image = err.permute(0, 2, 3, 1).flatten(1, 2).to(torch.float32).abs().sum(1, dtype=torch.float64)
     return _weight_of_images(x, err, per_image, geo)
@@ -101,7 +101,7 @@ def _conv2d_weight(x: Tensor, err: Tensor, geo: Geometry) -> Tensor:
 
 def _weight_of_images(x: Tensor, err: Tensor, per_image: Tensor, geo: Geometry) -> Tensor:
     """The gradient over some images; per_image (N, O) is the sum of |err| over each."""
-    if float_sums_exact(per_image, _INT8_MAX, out_axis=1):
+    if float_sums_exact(per_image, CODE_MAX[x.dtype], out_axis=1):
         return _backward(err, x, None, geo, torch.float32)
     if geo.batch == 1:
         return _backward(err, x, None, geo, torch.float64).to(torch.int64)

@@ -15,7 +15,7 @@ from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.numerics.block import ShiftRounding, shift_round
 from lightning_lowbit.numerics.exponent import pow2
 from lightning_lowbit.numerics.guards import FLOAT32_EXACT
-from lightning_lowbit.numerics.noise import counter_bits
+from lightning_lowbit.numerics.noise import counter_floats
 from lightning_lowbit.numerics.rounding import shift_right_rounded
 from lightning_lowbit.numerics.shift import max_abs, range_exponent
 from lightning_lowbit.numerics.ste import eager_cpu, slices
@@ -24,7 +24,6 @@ __all__ = ["constant_codes", "constant_codes_reference", "constant_quantize", "u
 
 _SLICE = 1 << 17  # elements per thread and pass: the slices of one step share the L2 cache, calls stay few
 _ROW = 1 << 16  # elements that share one counter of the noise
-_DRAW_BITS = 24  # of a float32 below 1
 _MAX_DR = 1 << 15  # codes are int16
 _LEAN_EXPONENT = 96
 
@@ -157,9 +156,10 @@ def uniform_draws(key: int | Tensor, like: Tensor) -> Tensor:
     tensor([[0.8092, 0.1617, 0.2645]])
     """
     rows = -(-like.numel() // _ROW)
-    words = counter_bits(key, torch.arange(rows, device=like.device), min(_ROW, like.numel()))
-    draws = (words.flatten()[: like.numel()] >> (31 - _DRAW_BITS)).to(torch.float32) * 2.0**-_DRAW_BITS
-    return torch.empty_like(like, dtype=torch.float32).copy_(draws.reshape(like.shape))
+    words = counter_floats(key, torch.arange(rows, device=like.device), min(_ROW, like.numel()))
+    draws = words.flatten()[: like.numel()].view(like.shape)
+    # Of a tensor in row-major order they are the draws; of another a copy has its strides.
+    return draws if draws.stride() == like.stride() else torch.empty_like(like, dtype=torch.float32).copy_(draws)
 
 
 def _require(grad: Tensor, draws: Tensor | None, dr: int) -> None:

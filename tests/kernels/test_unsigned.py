@@ -215,8 +215,8 @@ def test_nothing_to_sum(backend: str, size: tuple[int, ...]) -> None:
             r"got uint8 \(1, 2, 2, 2\) and .*, expected int8 tensors of 4 axes$",
         ),
         (
-            lambda: kernels.int8_conv1d_weight(unsigned(1, 3, 4), codes(1, 2, 2), (2, 3, 3)),
-            "expected int8 tensors of 3 axes$",
+            lambda: kernels.int8_conv1d_weight(unsigned(1, 3, 4), unsigned(1, 2, 2), (2, 3, 3)),
+            "expected int8 tensors of 3 axes; the first may be uint8",
         ),
     ],
     ids=["matmul", "conv2d", "conv1d", "conv2d_input", "conv1d_weight"],
@@ -227,7 +227,7 @@ def test_other_dtypes_are_refused(call: Callable[[], Tensor], message: str) -> N
 
 
 @pytest.mark.usefixtures("nothing_probed")
-@pytest.mark.parametrize("product", ["matmul", "conv2d"])
+@pytest.mark.parametrize("product", ["matmul", "conv2d", "conv2d_weight"])
 @pytest.mark.parametrize("operands", SATURATING)
 def test_a_backend_that_is_wrong_on_uint8_is_passed_over_there(
     monkeypatch: pytest.MonkeyPatch, product: str, operands: tuple[int, int]
@@ -247,6 +247,7 @@ def test_a_backend_that_is_wrong_on_uint8_is_passed_over_there(
     )
     assert kernels.int8_matmul(x.flatten(1), w.flatten(1).t()).eq(72 * operands[0] * operands[1]).all()
     assert kernels.int8_conv2d(x, w).eq(72 * operands[0] * operands[1]).all()
+    assert kernels.int8_conv2d_weight(x, w.view(2, 16, 3, 3), (16, 8, 1, 1)).eq(18 * operands[0] * operands[1]).all()
     assert backends.choose("cpu", dtype=torch.uint8) is simulate
     assert "int8 on uint8 refused: wrong" in kernels.backend_report()
     with pytest.warns(UserWarning, match="'int8' is not exact on this machine.*'simulate' is used instead"):
@@ -337,6 +338,11 @@ for x, w in ((255, 127), (255, -128), (0, -128), (None, None)):
         how = dict(stride=stride, padding=1, groups=groups)
         expected = kernels.int8_conv2d(images, weight, **how, backend="reference")
         assert torch.equal(kernels.int8_conv2d(images, weight, **how), expected), (x, w, channels)
+        err = filled(x, (1,), w, expected.shape)[1]
+        found, slow = (
+            kernels.int8_conv2d_weight(images, err, weight.shape, **how, backend=name) for name in (None, "reference")
+        )
+        assert torch.equal(found, slow), (x, w, channels)
         geo = geometry(images.shape, weight.shape, stride, 1, 1, groups)
         if channels == 57:
             wrong = not torch.equal(cpu.convolve_unsigned(images, weight, geo, True).long(), expected.long())

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_lowbit.numerics.noise import combine, counter_bits
+from lightning_lowbit.numerics import noise
+from lightning_lowbit.numerics.noise import combine, counter_bits, counter_bits_reference, counter_floats
 
 KEY = combine(2024, 3, 0x1234ABCD)
 DEVIATIONS = 5.5
@@ -58,6 +59,41 @@ def test_a_row_depends_on_its_sample_only() -> None:
     assert torch.equal(counter_bits(torch.tensor(KEY), order, 500), whole[order, :500])
 
 
+@pytest.mark.parametrize("size", [1, 64, 100, 1 << 16])
+@pytest.mark.parametrize(("samples", "per_sample"), [(1, 1), (7, 31), (16, 64), (17, 100), (3, 333), (40, 1)])
+def test_slices_equal_the_definition(monkeypatch: pytest.MonkeyPatch, size: int, samples: int, per_sample: int) -> None:
+    monkeypatch.setattr(noise, "_SLICE", size)
+    index = torch.arange(samples) * 3
+    expected = counter_bits_reference(KEY, index, per_sample)
+    assert expected.dtype == torch.int32
+    for key in (KEY, torch.tensor(KEY)):
+        assert torch.equal(counter_bits(key, index, per_sample), expected)
+        floats = counter_floats(key, index, per_sample)
+        assert floats.dtype == torch.float32
+        assert torch.equal(floats.double() * 2**24, (expected >> 7).double())
+
+
+@given(
+    key=st.integers(0, 2**63 - 1),
+    samples=st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=20),
+    per_sample=st.sampled_from([1, 9, 33]),
+)
+def test_every_key_and_sample_equals_the_definition(key: int, samples: list[int], per_sample: int) -> None:
+    index = torch.tensor(samples)
+    expected = counter_bits_reference(key, index, per_sample)
+    assert torch.equal(counter_bits(key, index, per_sample), expected)
+    assert torch.equal(counter_bits(torch.tensor(key), index, per_sample), expected)
+    assert torch.equal(counter_floats(key, index, per_sample).double() * 2**24, (expected >> 7).double())
+
+
+def test_rows_longer_than_16_bits() -> None:
+    row, index = (1 << 18) + 5, torch.tensor([3, 2**33])
+    assert torch.equal(counter_bits(KEY, index, row), counter_bits_reference(KEY, index, row))
+    for start in (2**16 - 3, 2**31 - 3, 2**32 - 6):
+        words = torch.arange(start, start + 6)
+        assert torch.equal(noise._elements(start, start + 6, words.device).long() & noise._WORD, words ^ (words >> 16))
+
+
 def test_equal_with_more_threads() -> None:
     one = counter_bits(KEY, torch.arange(64), 4096)
     torch.set_num_threads(3)
@@ -66,6 +102,19 @@ def test_equal_with_more_threads() -> None:
     finally:
         torch.set_num_threads(1)
     assert torch.equal(one, three)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch 2.13's compiler itself uses what torch has deprecated
+def test_whole_graphs_equal_eager() -> None:
+    def both(key: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
+        return counter_bits(key, samples, 300), counter_floats(key, samples, 300)
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    for a, b in zip(
+        both(torch.tensor(KEY), torch.arange(9)), compiled(torch.tensor(KEY), torch.arange(9)), strict=True
+    ):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
 
 
 def test_every_bit_is_fair() -> None:
