@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from lightning_lowbit.schemes.f8net import F8Net
     from lightning_lowbit.schemes.jacinto import Jacinto
     from lightning_lowbit.schemes.niti import Niti
+    from lightning_lowbit.schemes.step_advice import advise_lr
     from lightning_lowbit.schemes.tqt import Tqt
+    from lightning_lowbit.schemes.wageubn import Wageubn
 
 __all__ = [
     "BinaryMonitor",
@@ -51,6 +53,8 @@ __all__ = [
     "Scheme",
     "Tqt",
     "TrainingCertificate",
+    "Wageubn",
+    "advise_lr",
     "convert",
     "float_mode",
     "float_state_dict",
@@ -79,6 +83,8 @@ _HOME = {
     "Scheme": "modules.base",
     "Tqt": "schemes.tqt",
     "TrainingCertificate": "callbacks.certificate",
+    "Wageubn": "schemes.wageubn",
+    "advise_lr": "schemes.step_advice",
     "convert": "schemes",
     "float_mode": "modules.base",
     "float_state_dict": "plugins.checkpoint",

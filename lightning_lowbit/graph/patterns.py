@@ -142,6 +142,8 @@ class _Planner:
                 wants.add("compute")
             elif reader.kind in (Kind.ADD, Kind.CAT, Kind.AVG_POOL):
                 wants.add("operand")
+            elif call.kind is Kind.ADD and reader.kind is Kind.BATCH_NORM and reader.path in self.islands:
+                wants.add("norm")
         return wants
 
     def _float_result(self, call: Call) -> bool:

@@ -96,6 +96,14 @@ class Plan:
     islands: list[str] = field(default_factory=list)  # batch norms that take and give integers
     operands: dict[str, list[str]] = field(default_factory=dict)  # op path -> keys that declare its operands' grids
 
+    def joined(self) -> list[list[str]]:
+        """Ties of what is concatenated alone: of schemes in which each tensor that is added has its own grid."""
+        cats, union = {op.path for op in self.ops if op.kind is Kind.CAT}, Union()
+        for path, keys in self.operands.items():
+            if path in cats:
+                union.join(keys)
+        return union.groups({site.key: site for site in self.sites})
+
 
 class Union:
     """Disjoint sets of site keys."""

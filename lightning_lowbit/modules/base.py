@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.graph.fold import fold_batch_norm
 from lightning_lowbit.graph.plan import Plan, Site
 from lightning_lowbit.modules.moments import Moment
+from lightning_lowbit.modules.update import StepContext, UpdateRule, same
 
 if TYPE_CHECKING:
     from lightning_lowbit.graph.network import Flow
@@ -27,10 +27,6 @@ __all__ = [
     "LowBitModule", "Milestone", "Mode", "Moment", "Run", "Scheme", "Site", "StepContext", "Switch",
     "Tally", "UpdateRule", "float_mode", "low_bit_modules", "switch_of",
 ]  # fmt: skip
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 class Mode(Enum):
@@ -71,17 +67,19 @@ class Run:
         blank: this rank's batch is one repeated sample, which counts for nothing.
         clamped: exponents that had to move into the range of float32 carriers, so far.
         float_errors: paths of modules that a float error has reached, so far.
+        nonfinite: errors that held NaN or infinite values, since somebody took note.
         injected: gives the random integers in place of the counter-based generator, for comparisons with other code.
     """
 
-    reduce_max: Callable[[Tensor], Tensor] = _same
-    reduce_sum: Callable[[Tensor], Tensor] = _same
+    reduce_max: Callable[[Tensor], Tensor] = same
+    reduce_sum: Callable[[Tensor], Tensor] = same
     rank: int = 0
     world: int = 1
     batch: int = 0
     blank: bool = False
     clamped: Tensor | int = 0
     float_errors: set[str] = field(default_factory=set)
+    nonfinite: Tensor | int = 0
     injected: Callable[[str, str, int, int], Tensor] | None = None  # path, purpose, samples, per sample
 
     @property
@@ -132,85 +130,6 @@ class Milestone:
 
     when: Moment | None
     what: str
-
-
-@dataclass(frozen=True)
-class StepContext:
-    """What an update rule may know of the run.
-
-    Attributes:
-        step, total_steps: optimizer steps done and estimated; total is None when it is infinite.
-        reduce_sum, reduce_mean, reduce_max: over the processes; sums and maxima of integer tensors are exact.
-            Identity on one.
-        reduce_sums: of several integer tensors, in one exchange for each of their types.
-        world: number of processes.
-        grad_scale: factor on all gradients (16-bit mixed precision), 1 without.
-    """
-
-    step: int
-    total_steps: int | None
-    reduce_sum: Callable[[Tensor], Tensor] = _same
-    reduce_mean: Callable[[Tensor], Tensor] = _same
-    reduce_max: Callable[[Tensor], Tensor] = _same
-    reduce_sums: Callable[[list[Tensor]], list[Tensor]] = list
-    world: int = 1
-    grad_scale: float = 1.0
-
-
-class UpdateRule(ABC):
-    """Updates what the user's optimizer does not own; called by the precision plugin around each step.
-
-    Attributes:
-        inert: settings of a Trainer or an optimizer that do not reach these weights, and what does.
-    """
-
-    inert: ClassVar[Mapping[str, str]] = {}
-
-    def before_step(  # noqa: B027  # optional
-        self, optimizer: torch.optim.Optimizer, context: StepContext
-    ) -> None:
-        """After backward, before the user's optimizer steps."""
-
-    @abstractmethod
-    def step(self, owned: set[str], context: StepContext) -> None:
-        """Update the low-bit modules at the paths ``owned``: the stepping optimizer holds their weights."""
-
-    def end_run(self) -> None:  # noqa: B027  # optional
-        """The run is over: what it held back is free again."""
-
-    def before_batch(self) -> None:  # noqa: B027  # optional
-        """A training batch begins."""
-
-    def after_batch(self, context: StepContext) -> None:  # noqa: B027  # optional
-        """A training batch has ended, whether or not an optimizer stepped in it."""
-
-    def milestone(self, what: str, reached: bool, when: int) -> bool | None:
-        """A scheduled event, due from step ``when`` on: reached, or (again) not yet.
-
-        Returns:
-            True where other weights are in place now, so that averages of the old ones mean nothing.
-        """
-        return None
-
-    def waiting(self) -> list[str]:
-        """Names of trained parameters that hold a gradient which no step has used."""
-        return []
-
-    def logged(self) -> dict[str, float]:
-        """What the rule does at present, by the names under which a learning-rate monitor logs it."""
-        return {}
-
-    def stopped(self) -> list[str]:
-        """Paths of layers that no longer learn, for the report."""
-        return []
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain types and tensors, by parameter name."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state:
-            raise ConfigError(f"{type(self).__name__} has no state to load, the checkpoint holds {sorted(state)}")
 
 
 class Scheme:
@@ -305,6 +224,10 @@ class Scheme:
     def milestones(self) -> tuple[Milestone, ...]:
         """What changes over time, as plain data."""
         return ()
+
+    def proves_sums(self, layer: Any) -> bool:
+        """Whether a layer's sums are integers whatever its weights: a kernel adds them."""
+        return self.carries_errors
 
     def reconstruction(self) -> dict[str, Any] | None:
         """Arguments of ``modules.reconstruct.reconstruct`` if fit reconstructs blocks without labels."""

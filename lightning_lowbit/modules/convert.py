@@ -254,8 +254,8 @@ class _Builder:
     def _operand_grids(self) -> None:
         for key, names in self.plan.operands.items():
             module = self.root.get_submodule(key)
-            if isinstance(module, LowBitOp):
-                module.__dict__["operand_grids"] = [self.made[name] for name in names if name in self.made]
+            if isinstance(module, LowBitOp) and all(name in self.made for name in names):
+                module.__dict__["operand_grids"] = [self.made[name] for name in names]
         places = {(op.owner, op.key): op.path for op in self.plan.ops}
         for call in self.flow.calls:  # where a scheme rounds sums, those declare the grid of whatever reads them
             path = places.get((call.owner, call.key), call.path)
@@ -263,16 +263,17 @@ class _Builder:
             declared = [self._declared(source, places) for source in call.inputs]
             if isinstance(target, LowBitLayer) and target.input_grid is None and declared:
                 target.__dict__["input_grid"] = declared[0]
-            elif isinstance(target, LowBitOp) and not target.operand_grids:
-                target.__dict__["operand_grids"] = [quantizer for quantizer in declared if quantizer is not None]
+            elif isinstance(target, LowBitOp) and not target.operand_grids and None not in declared:
+                target.__dict__["operand_grids"] = declared
 
     def _declared(self, call: Call, places: dict[tuple[str, CallKey], str]) -> Quantizer | None:
         """The quantizer whose grid a call's values lie on, looked for along the way that they came."""
         while True:
             path = places.get((call.owner, call.key), call.path)
             for slot in ("lowbit_output", "lowbit_accumulator"):
-                if f"{path}.{slot}" in self.made:
-                    return self.made[f"{path}.{slot}"]
+                made = self.made.get(f"{path}.{slot}")
+                if made is not None and made.has_grid:
+                    return made
             if call.kind not in (Kind.KEEP, Kind.RELU, Kind.BATCH_NORM) or not call.inputs:
                 return None
             call = call.inputs[0]

@@ -17,7 +17,7 @@ from lightning_lowbit.modules.layers import LowBitConv1d, LowBitConv2d, LowBitLa
 from lightning_lowbit.numerics.block import ShiftRounding, align, shift_round
 from lightning_lowbit.numerics.guards import FLOAT32_EXACT
 
-__all__ = ["PRODUCTS", "collect", "integer_layer", "unsupported"]
+__all__ = ["PRODUCTS", "channel_sums", "collect", "integer_layer", "spatial", "unsupported"]
 
 
 class Products(Protocol):
@@ -39,7 +39,10 @@ class LinearProducts:
         return kernels.int8_matmul(err.reshape(-1, err.shape[-1]), weight, exact_float=True).reshape(size)
 
     def for_weight(self, layer: Any, x: Tensor, err: Tensor) -> Tensor:
-        return kernels.int8_matmul(err.reshape(-1, err.shape[-1]).t(), x.reshape(-1, x.shape[-1]))
+        errors, rows = err.reshape(-1, err.shape[-1]), x.reshape(-1, x.shape[-1])
+        if x.dtype is torch.uint8:  # which only first operands may be
+            return kernels.int8_matmul(rows.t(), errors).t()
+        return kernels.int8_matmul(errors.t(), rows)
 
 
 class ConvProducts:
@@ -122,7 +125,7 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             collect(layer, "weight", products.for_weight(layer, x, err), exponent + ctx.x_exponent)
         if ctx.needs_input_grad[2]:
-            collect(layer, "bias", _channel_sums(err, _spatial(layer)), exponent)
+            collect(layer, "bias", channel_sums(err, spatial(layer)), exponent)
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
         acc = products.for_input(layer, err, codes, ctx.size)
@@ -144,15 +147,15 @@ def _with_bias(acc: Tensor, layer: Any, exponent: Tensor) -> Tensor:
             moved = moved.to(torch.float32)  # proved: the sum with the bias is exact too
         else:
             acc = acc.to(torch.int32)
-    return acc.add_(moved.reshape(-1, *([1] * _spatial(layer))))
+    return acc.add_(moved.reshape(-1, *([1] * spatial(layer))))
 
 
-def _spatial(layer: Any) -> int:
+def spatial(layer: Any) -> int:
     """Axes behind the channels."""
     return 0 if layer.channel_axis == -1 else len(layer.kernel_size)
 
 
-def _channel_sums(err: Tensor, spatial: int) -> Tensor:
+def channel_sums(err: Tensor, spatial: int) -> Tensor:
     """Sum of errors per output channel, as a product with ones: faster than a sum of int8."""
     rows = err.movedim(-1 - spatial, -1).reshape(-1, err.shape[-1 - spatial])
     ones = torch.ones((1, len(rows)), dtype=torch.int8, device=err.device)

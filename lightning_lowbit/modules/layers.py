@@ -213,8 +213,8 @@ class LowBitLayer(LowBitModule):
         weight = self.lowbit_weight
         if source is None or weight is None or not (source.ready and weight.ready):
             return None
-        if not (source.has_exponent and weight.has_exponent):
-            return None
+        if not (source.has_exponent and weight.has_exponent) or source.exponent().numel() > 1:
+            return None  # of channels on steps of their own, the products of one sum have no common unit
         return source.exponent() + weight.exponent()
 
     def result_grid(self) -> Grid | None:

@@ -14,77 +14,25 @@ a / b for integers a 2^f and b is nearer to no tie than 1/(2b), so its rounding 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+import math
+from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lightning_lowbit.errors import ConfigError
-from lightning_lowbit.numerics.rounding import divide_rounded, round_to
+from lightning_lowbit.numerics.normalize_blocks import blocks_of, dense, scratch
+from lightning_lowbit.numerics.normalize_format import OFF, NormFormat, Statistics, on_grid, statistics_of
+from lightning_lowbit.numerics.rounding import divide_rounded
+from lightning_lowbit.numerics.ste import eager_cpu
 
 __all__ = ["NormConstants", "NormFormat", "batch_norm", "norm_constants", "normalize", "running_update"]
 
-_OFF = 32  # bits: from here on a value is left alone
-_SLICE = 1 << 16  # elements in float64 at a time: the scratch stays in the cache
+_CANCELS = 8  # times as large as the sum of squares around it: the mean's part of the sum around 0 costs 3 bits
 _Reduce = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class NormFormat:
-    """Bits of what a batch norm computes with; k bits are k - 1 behind the binary point, 32 or more are no grid.
-
-    Args:
-        mean, deviation, xhat, gamma, beta: widths.
-        eps_exponent: log2 of what is added to the deviation.
-        integer_bits: of the normalized value, which is clipped below 2^integer_bits; None does not clip. A channel
-            that was constant in training is divided by 2^-15, so that one odd value in evaluation is 2^15 times
-            too large.
-
-    Raises:
-        ConfigError: a field out of range.
-    """
-
-    mean: int = 16
-    deviation: int = 16
-    xhat: int = 16
-    gamma: int = 8
-    beta: int = 8
-    eps_exponent: int = -15
-    integer_bits: int | None = None
-
-    def __post_init__(self) -> None:
-        for field in fields(self)[:5]:
-            bits = getattr(self, field.name)
-            if not (type(bits) is int and (2 <= bits <= 24 or bits >= _OFF)):
-                raise ConfigError(
-                    f"NormFormat: got {field.name}={bits!r}, expected an integer from 2 to 24, or {_OFF} for no grid."
-                )
-        if not -24 <= self.eps_exponent <= -1:
-            raise ConfigError(f"NormFormat: got eps_exponent={self.eps_exponent!r}, expected -24 to -1.")
-        if self.integer_bits is not None and not 0 <= self.integer_bits <= 16:
-            raise ConfigError(f"NormFormat: got integer_bits={self.integer_bits!r}, expected 0 to 16, or None.")
-
-    @property
-    def fraction(self) -> int:
-        """Fractional bits of y."""
-        return max(self.gamma + self.xhat - 2, self.beta - 1)
-
-    @property
-    def xhat_limit(self) -> float | None:
-        """Largest |xhat|: one unit below 2^integer_bits."""
-        return None if self.integer_bits is None else 2.0**self.integer_bits - 2.0 ** (1 - self.xhat)
-
-
-class _Statistics(NamedTuple):
-    """What a channel is normalized with, float64 [C]; ``mean`` and ``deviation`` are those before their grids."""
-
-    mean_q: Tensor
-    s: Tensor
-    mean: Tensor
-    deviation: Tensor
-    values: Tensor | None  # how many per channel; None: of no batch, so no gradient flows through the statistics
 
 
 def batch_norm(
@@ -94,11 +42,14 @@ def batch_norm(
     format: NormFormat,
     running: tuple[Tensor, Tensor] | None = None,
     reduce: _Reduce | None = None,
+    exponent: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalize by the statistics of the batch, or by ``running`` ones (evaluation, and training with frozen ones).
 
     y is computed in float64. Where float32 does not hold it (|y| >= 4 at the default widths) its last bit says so
     (round to odd): whatever coarser grid y is put on next, the result is that of the exact y.
+
+    NaN or inf in x makes its channel NaN, statistics included.
 
     Backward keeps x and six numbers a channel, and works in float64 slices.
 
@@ -107,6 +58,10 @@ def batch_norm(
         gamma, beta: [C], or None for 1 and 0.
         running: mean and biased variance, [C] each.
         reduce: sums float64 tensors over processes; None: statistics of this process.
+        exponent: the norm counts in units of 2^exponent: y and the gradients of gamma and beta are those of
+            x 2^-exponent, while x, its gradient, mean and variance stay in x's own units. A layer whose weights
+            shrink by 2^exponent before this norm is thus one whose norm counts 2^exponent coarser; no parameter
+            is touched.
     Returns:
         y (float64 for float64 x, else float32; x's shape), and the mean and biased variance it was normalized by,
         float64 [C], detached.
@@ -115,20 +70,24 @@ def batch_norm(
     >>> y, mean, var = batch_norm(x, None, None, NormFormat())
     >>> mean.item(), var.item(), (y[:, 0] * 2**15).tolist()
     (3.0, 3.5, [-35030.0, -17515.0, 0.0, 52545.0])
+    >>> y, mean, var = batch_norm(8 * x, None, None, NormFormat(), exponent=3)
+    >>> mean.item(), var.item(), (y[:, 0] * 2**15).tolist()
+    (24.0, 224.0, [-35030.0, -17515.0, 0.0, 52545.0])
     >>> batch_norm(torch.ones(3, 1), None, None, NormFormat())[0].tolist()  # a constant channel
     [[0.0], [0.0], [0.0]]
     """
+    x = dense(x)
     with torch.no_grad():
         if running is None:
-            statistics, mean, var = _batch_statistics(x.detach(), format, reduce)
+            statistics, mean, var = _batch_statistics(x.detach(), format, exponent, reduce)
         else:
             mean, var = (value.detach().to(torch.float64) for value in running)
-            statistics = _statistics(mean, var, format)
+            statistics = statistics_of(mean, var, format, exponent)
     y = _Norm.apply(x, gamma, beta, format, statistics, reduce)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return y, mean, var
 
 
-def running_update(running: Tensor, value: Tensor, decay: float = 0.997, bits: int = _OFF) -> None:
+def running_update(running: Tensor, value: Tensor, decay: float = 0.997, bits: int = OFF, exponent: int = 0) -> None:
     """running = Q(decay * running + (1 - decay) * value, bits), in place; the sum is float64.
 
     A grid costs sensitivity: with 16 bits and a decay of 0.997 a statistic stays where it is while ``value`` is
@@ -137,6 +96,7 @@ def running_update(running: Tensor, value: Tensor, decay: float = 0.997, bits: i
     Args:
         running, value: mean or biased variance, [C].
         bits: grid of the running statistic; 32 or more is none.
+        exponent: the grid is 2^(exponent - bits + 1); a norm in units of 2^e has e for the mean, 2 e for the variance.
 
     >>> running = torch.tensor([1.0, 1.0])
     >>> running_update(running, torch.tensor([2.0, 1.004]), bits=16)
@@ -145,36 +105,44 @@ def running_update(running: Tensor, value: Tensor, decay: float = 0.997, bits: i
     """
     with torch.no_grad():
         moved = running.to(torch.float64) * decay + value.to(torch.float64) * (1.0 - decay)
-        running.copy_(_on_grid(moved, bits))
+        running.copy_(on_grid(moved, bits, exponent))
 
 
-def _on_grid(v: Tensor, bits: int) -> Tensor:
-    return v if bits >= _OFF else round_to(v * 2.0 ** (bits - 1)) * 2.0 ** (1 - bits)
-
-
-def _statistics(mean: Tensor, var: Tensor, format: NormFormat, values: Tensor | None = None) -> _Statistics:
-    mean_q, deviation = _on_grid(mean, format.mean), var.clamp(min=0.0).sqrt()
-    s = _on_grid(deviation, format.deviation) + 2.0**format.eps_exponent
-    return _Statistics(mean_q, s, mean, deviation, values)
-
-
-def _batch_statistics(x: Tensor, format: NormFormat, reduce: _Reduce | None) -> tuple[_Statistics, Tensor, Tensor]:
+def _batch_statistics(
+    x: Tensor, format: NormFormat, exponent: int, reduce: _Reduce | None
+) -> tuple[Statistics, Tensor, Tensor]:
     """Sums of x on a grid of 15 fractional bits are exact, in whatever order and number of processes they are added."""
-    first = torch.zeros(2, x.shape[1], dtype=torch.float64, device=x.device)
-    for piece in _pieces(x):
-        first[0] += _sum(piece)
-    first[1] = x.numel() // max(x.shape[1], 1)
+    once = reduce is None and eager_cpu(x)
+    sums, squares = _sums(x, None, once)
+    first = torch.stack([sums, torch.full_like(sums, x.numel() // max(x.shape[1], 1))])
     total, count = (reduce(first) if reduce is not None else first).unbind()
     count = count.clamp(min=1.0)
     mean = total / count
     # Around mu_q, not 0: x - mu_q is exact, and nothing cancels where the mean is large.
-    mean_q = _on_grid(mean, format.mean)
-    squares = torch.zeros_like(mean)
-    for piece in _pieces(x):
-        squares += _sum((piece - _wide(mean_q, x)).square_())
-    squares = reduce(squares) if reduce is not None else squares
+    mean_q = on_grid(mean, format.mean, exponent)
+    moved = squares - mean_q * (2 * total - count * mean_q)  # of squares around 0, as exact as they are
+    if once and not bool((count * mean_q.square() > _CANCELS * moved).any()):
+        squares = moved
+    else:
+        squares, _ = _sums(x, mean_q)
+        squares = reduce(squares) if reduce is not None else squares
     var = (squares / count - (mean - mean_q).square()).clamp(min=0.0)
-    return _statistics(mean, var, format, count), mean, var
+    return statistics_of(mean, var, format, exponent, count), mean, var
+
+
+def _sums(x: Tensor, center: Tensor | None, both: bool = False) -> tuple[Tensor, Tensor]:
+    """Per channel, of x and, if ``both``, of x^2; of (x - center)^2 where there is a center."""
+    blocks = blocks_of(x)
+    pieces = blocks.of(x)
+    totals, parts = blocks.totals()
+    more, more_parts = blocks.totals()
+    centers = [None] * len(pieces) if center is None else blocks.wide(center)
+    for piece, (v,), part, other, mu in zip(pieces, scratch(pieces, 1), parts, more_parts, centers, strict=True):
+        v.copy_(piece)
+        blocks.add(part, v if mu is None else v.sub_(mu).square_())
+        if both:
+            blocks.add(other, v.square_())
+    return blocks.fold(totals), blocks.fold(more)
 
 
 class _Norm(torch.autograd.Function):
@@ -185,36 +153,57 @@ class _Norm(torch.autograd.Function):
         gamma: Tensor | None,
         beta: Tensor | None,
         format: NormFormat,
-        statistics: _Statistics,
+        statistics: Statistics,
         reduce: _Reduce | None,
     ) -> Tensor:
-        gamma_q = torch.ones_like(statistics.s) if gamma is None else _on_grid(gamma.to(torch.float64), format.gamma)
-        beta_q = torch.zeros_like(gamma_q) if beta is None else _on_grid(beta.to(torch.float64), format.beta)
+        mean_q, s = statistics[:2]
+        gamma_q = torch.ones_like(s) if gamma is None else on_grid(gamma.to(torch.float64), format.gamma)
+        beta_q = torch.zeros_like(s) if beta is None else on_grid(beta.to(torch.float64), format.beta)
         ctx.format, ctx.reduce = format, reduce
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (gamma, beta))
         ctx.save_for_backward(x, gamma_q, *statistics)
         y = torch.empty_like(x, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-        for out, piece in zip(_split(y), _pieces(x), strict=True):
-            xhat = _normalized(piece.sub_(_wide(statistics.mean_q, x)), statistics.s, format)
-            exact = xhat.mul_(_wide(gamma_q, x)).add_(_wide(beta_q, x))
-            out.copy_(exact if y.dtype == torch.float64 else _to_odd(exact))
+        exact = y.dtype == torch.float64 or _fits_float32(statistics, gamma_q, beta_q, format)
+        blocks, unit = blocks_of(x), format.xhat_unit
+        pieces = blocks.of(x)
+        channels = (blocks.wide(c) for c in (mean_q, s * unit, gamma_q * unit, beta_q))
+        for piece, out, (v, spare), center, divisor, factor, shift in zip(
+            pieces, blocks.of(y), scratch(pieces, 2), *channels, strict=True
+        ):
+            blocks.affine(_xhat_codes(v.copy_(piece).sub_(center), divisor, format), factor, shift)
+            out.copy_(v if exact else _to_odd(v, spare))
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, _, mean_q, s, *_ = ctx.saved_tensors
-        sums = torch.zeros(3, len(s), dtype=torch.float64, device=x.device)  # of g, g (x - mu_q), g xhat
-        for g, piece in zip(_pieces(grad), _pieces(x), strict=True):
-            d = piece.sub_(_wide(mean_q, x))
-            sums[0] += _sum(g)
-            sums[1] += _sum(g * d)
-            sums[2] += _sum(g.mul_(_normalized(d, s, ctx.format)))
-        dx = _input_gradient(ctx, grad, sums[:2]) if ctx.needs_input_grad[0] else None
+        x, _, mean_q, s, *_, values = ctx.saved_tensors
+        need_x, need_gamma, need_beta = ctx.needs_input_grad[:3]
+        need_sums = need_x and values is not None
+        if grad.stride() != x.stride():
+            grad = torch.empty_like(x, dtype=grad.dtype).copy_(grad)
+        blocks, unit = blocks_of(x), ctx.format.xhat_unit
+        pieces = blocks.of(x)
+        totals, parts = zip(*(blocks.totals() for _ in range(3)), strict=True)  # of g, g (x - mu_q), g xhat
+        channels = (blocks.wide(c) for c in (mean_q, s * unit))
+        for piece, g_i, (d, g, gd), center, divisor, g_sum, gd_sum, gx_sum in zip(
+            pieces, blocks.of(grad), scratch(pieces, 3), *channels, *parts, strict=True
+        ):
+            g.copy_(g_i)
+            if need_sums or need_beta:
+                blocks.add(g_sum, g)
+            if need_sums or need_gamma:
+                d.copy_(piece).sub_(center)
+            if need_sums:
+                blocks.add(gd_sum, torch.mul(g, d, out=gd))
+            if need_gamma:
+                blocks.add(gx_sum, _xhat_codes(d, divisor, ctx.format).mul_(g))
+        g_sum, gd_sum, gx_sum = (blocks.fold(t) for t in totals)
         gamma_dtype, beta_dtype = ctx.dtypes
         return (
-            dx,
-            None if gamma_dtype is None else sums[2].to(gamma_dtype),
-            None if beta_dtype is None else sums[0].to(beta_dtype),
+            _input_gradient(ctx, grad, torch.stack([g_sum, gd_sum])) if need_x else None,
+            (gx_sum * unit).to(gamma_dtype) if need_gamma else None,
+            g_sum.to(beta_dtype) if need_beta else None,
             None,
             None,
             None,
@@ -227,52 +216,52 @@ def _input_gradient(ctx: Any, grad: Tensor, sums: Tensor) -> Tensor:
     The last factor comes of the deviation: d(deviation)/dx = (x - mean) / (n deviation), 0 where the deviation is.
     """
     x, gamma_q, _, s, mean, deviation, values = ctx.saved_tensors
+    blocks = blocks_of(x)
     slope = gamma_q / s
     dx = torch.empty_like(x)
+    outs, grads, slopes = blocks.of(dx), blocks.of(grad), blocks.wide(slope)
     if values is None:
-        for out, g in zip(_split(dx), _pieces(grad), strict=True):
-            out.copy_(g.mul_(_wide(slope, x)))
+        for out, g_i, (g,), factor in zip(outs, grads, scratch(grads, 1), slopes, strict=True):
+            out.copy_(g.copy_(g_i).mul_(factor))
         return dx
     g_mean, gd_mean = ((ctx.reduce(sums) if ctx.reduce is not None else sums) / values).unbind()
     pull = torch.where(deviation > 0, slope / s * gd_mean / deviation, 0.0)
-    for out, g, piece in zip(_split(dx), _pieces(grad), _pieces(x), strict=True):
-        centered = piece.sub_(_wide(mean, x))
-        out.copy_(g.sub_(_wide(g_mean, x)).mul_(_wide(slope, x)).sub_(centered.mul_(_wide(pull, x))))
+    pulls, shifts = blocks.wide(-pull), blocks.wide(pull * mean - slope * g_mean)
+    for piece, out, g_i, (v, g), factor, weight, shift in zip(
+        blocks.of(x), outs, grads, scratch(grads, 2), slopes, pulls, shifts, strict=True
+    ):
+        out.copy_(blocks.affine(g.copy_(g_i), factor, blocks.affine(v.copy_(piece), weight, shift)))
     return dx
 
 
-def _normalized(d: Tensor, s: Tensor, format: NormFormat) -> Tensor:
-    """xhat of d = x - mu_q, float64."""
-    xhat = _on_grid(d / _wide(s, d), format.xhat)
+def _xhat_codes(d: Tensor, divisor: Tensor, format: NormFormat) -> Tensor:
+    """xhat / unit of d = x - mu_q, in place of d; the divisor is s in units of xhat."""
+    d.div_(divisor)
+    if format.xhat < OFF:
+        d.round_()
     limit = format.xhat_limit
-    return xhat if limit is None else xhat.clamp_(-limit, limit)
+    return d if limit is None else d.clamp_(-limit / format.xhat_unit, limit / format.xhat_unit)
 
 
-def _to_odd(v: Tensor) -> Tensor:
-    """float64 cut to the 24 bits of float32, the last of them set where anything was lost."""
-    bits = v.view(torch.int64)
-    lost = (1 << 29) - 1
-    odd = ((bits & lost) != 0).to(torch.int64) << 29
-    return ((bits & ~lost) | odd).view(torch.float64)
+def _fits_float32(statistics: Statistics, gamma: Tensor, beta: Tensor, format: NormFormat) -> bool:
+    """Whether the numbers of the channels alone tell that float32 holds every y; never asked of another device."""
+    if gamma.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    largest = torch.full_like(gamma, math.inf)
+    if statistics.values is not None:  # no value is farther from mu_q than the root of the sum of squares
+        spread = statistics.deviation.square() + (statistics.mean - statistics.mean_q).square()
+        largest = (spread * statistics.values).sqrt() / statistics.s + format.xhat_unit
+    if format.xhat_limit is not None:
+        largest = largest.clamp(max=format.xhat_limit)
+    return bool((gamma.abs() * largest + beta.abs() < 2.0 ** (24 - format.fraction)).all())
 
 
-def _wide(channel: Tensor, like: Tensor) -> Tensor:
-    return channel.reshape(1, -1, *[1] * (like.dim() - 2))
-
-
-def _sum(piece: Tensor) -> Tensor:
-    return piece.sum([axis for axis in range(piece.dim()) if axis != 1])
-
-
-def _split(x: Tensor) -> tuple[Tensor, ...]:
-    """Samples, as many at a time as fit a slice."""
-    samples = max(1, _SLICE * len(x) // max(x.numel(), 1)) if x.device.type == "cpu" else max(len(x), 1)
-    return torch.split(x, samples)
-
-
-def _pieces(x: Tensor) -> Iterator[Tensor]:
-    """The same in float64, each one new memory."""
-    return (piece.to(torch.float64, copy=True) for piece in _split(x))
+def _to_odd(v: Tensor, spare: Tensor) -> Tensor:
+    """float64 cut to the 24 bits of float32, the last of them set where anything was lost; in place."""
+    bits, lost = v.view(torch.int64), (1 << 29) - 1
+    carry = torch.bitwise_and(bits, lost, out=spare.view(torch.int64)).add_(lost)  # bit 29: whether anything is lost
+    bits.bitwise_or_(carry).bitwise_and_(~lost)
+    return v
 
 
 class NormConstants(NamedTuple):
@@ -290,25 +279,28 @@ class NormConstants(NamedTuple):
 
 
 def norm_constants(
-    mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, format: NormFormat
+    mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, format: NormFormat, exponent: int = 0
 ) -> NormConstants:
     """Codes of running statistics and parameters, for :func:`normalize`.
 
     Args:
         mean, var: running mean and biased variance, [C].
         gamma, beta: [C], or None for 1 and 0.
+        exponent: as of :func:`batch_norm`; mean and s count in units of 2^exponent.
 
     Raises:
         ConfigError: a width of ``format`` is no grid.
     """
     for field in fields(format)[:5]:
-        if getattr(format, field.name) >= _OFF:
-            raise ConfigError(f"norm_constants: got {field.name}={_OFF} or more, expected a grid; integers need one.")
-    statistics = _statistics(mean.detach().to(torch.float64), var.detach().to(torch.float64), format)
+        if getattr(format, field.name) >= OFF:
+            raise ConfigError(f"norm_constants: got {field.name}={OFF} or more, expected a grid; integers need one.")
+    unit = 2.0**exponent
+    mean, var = mean.detach().to(torch.float64) / unit, var.detach().to(torch.float64) / unit**2
+    statistics = statistics_of(mean, var, format, 0)
     s_fraction = max(format.deviation - 1, -format.eps_exponent)
     one, zero = torch.ones_like(statistics.s), torch.zeros_like(statistics.s)
-    gamma_q = one if gamma is None else _on_grid(gamma.detach().to(torch.float64), format.gamma)
-    beta_q = zero if beta is None else _on_grid(beta.detach().to(torch.float64), format.beta)
+    gamma_q = one if gamma is None else on_grid(gamma.detach().to(torch.float64), format.gamma)
+    beta_q = zero if beta is None else on_grid(beta.detach().to(torch.float64), format.beta)
     return NormConstants(
         _code(statistics.mean_q, format.mean - 1),
         _code(statistics.s, s_fraction),
@@ -322,7 +314,11 @@ def _code(v: Tensor, fraction: int) -> Tensor:
     return (v * 2.0**fraction).to(torch.int64)
 
 
-def normalize(x: Tensor, x_fraction: int, constants: NormConstants, format: NormFormat) -> Tensor:
+def _wide(channel: Tensor, like: Tensor) -> Tensor:
+    return channel.reshape(1, -1, *[1] * (like.dim() - 2))
+
+
+def normalize(x: Tensor, x_fraction: int, constants: NormConstants, format: NormFormat, exponent: int = 0) -> Tensor:
     """Batch norm of codes: y = gamma * round((x - mean) / s) + beta, half to even, by a constant divisor per channel.
 
     What :func:`batch_norm` gives for running statistics, bit for bit. int64 holds every numerator while
@@ -330,7 +326,8 @@ def normalize(x: Tensor, x_fraction: int, constants: NormConstants, format: Norm
 
     Args:
         x: integers [N, C, ...], worth x * 2^-x_fraction.
-        x_fraction: fractional bits of x, from -16 to 24.
+        x_fraction: fractional bits of x.
+        exponent: that of the constants; x_fraction + exponent is from -16 to 24.
     Returns:
         int64 codes with ``format.fraction`` fractional bits.
 
@@ -339,6 +336,7 @@ def normalize(x: Tensor, x_fraction: int, constants: NormConstants, format: Norm
     >>> (y[:, 0] / 2**7).tolist()
     [-35030.0, -17515.0, 0.0, 52545.0]
     """
+    x_fraction += exponent
     fraction = max(x_fraction, format.mean - 1)
     d = (x.to(torch.int64) << (fraction - x_fraction)) - _wide(constants.mean << (fraction - format.mean + 1), x)
     left = format.xhat - 1 + constants.s_fraction - fraction  # of d / s, for the fraction of xhat

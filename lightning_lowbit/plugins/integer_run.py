@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
 from lightning_lowbit.errors import ConfigError
@@ -79,7 +80,12 @@ def _check_finite(ranges: list[BlockRange]) -> None:
 
 
 def log_rule(trainer: Any, rule: UpdateRule | None, interval: str) -> None:
-    """Log what the rule does (mu) where a LearningRateMonitor of that interval logs; without one, every epoch."""
+    """Log what the rule does (mu) where a LearningRateMonitor of that interval logs; without one, every epoch.
+
+    What the rule has to say besides is printed.
+    """
+    for words in () if rule is None else rule.news():
+        rank_zero_info(f"lightning_lowbit: {words}")
     values = {} if rule is None else rule.logged()
     monitors = [callback for callback in trainer.callbacks if type(callback).__name__ == "LearningRateMonitor"]
     intervals = {monitor.logging_interval for monitor in monitors} or {"epoch"}

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from lightning_lowbit.errors import ConfigError
-from lightning_lowbit.graph.ops import Kind
-from lightning_lowbit.graph.plan import Union
 from lightning_lowbit.modules.base import Milestone, Moment, Scheme, Site, UpdateRule
 from lightning_lowbit.modules.bias_calibration import calibrate_biases
 from lightning_lowbit.modules.clipped import ClipFormat, ClipQuantizer, RangeSync
@@ -226,11 +224,7 @@ class Jacinto(Scheme):
 
     def tied(self, root: nn.Module, flow: Flow, plan: Plan) -> list[list[str]]:
         """What is joined has one grid; what is added has each its own."""
-        joined, union = {op.path for op in plan.ops if op.kind is Kind.CAT}, Union()
-        for path, keys in plan.operands.items():
-            if path in joined:
-                union.join(keys)
-        return union.groups({site.key: site for site in plan.sites})
+        return plan.joined()
 
     def connect(self, root: nn.Module, flow: Flow, plan: Plan) -> list[str]:
         require_matches(type(self), self.overrides, plan)

@@ -36,8 +36,9 @@ from lightning_lowbit.modules.moments import check_moment
 from lightning_lowbit.modules.norm import LowBitBatchNorm, has_seen_data
 from lightning_lowbit.modules.quantizer import Quantizer, on
 from lightning_lowbit.numerics.block import ShiftRounding
-from lightning_lowbit.schemes.niti_training import NitiRule, mu_event
+from lightning_lowbit.schemes.niti_training import NitiRule
 from lightning_lowbit.schemes.options import check_choice
+from lightning_lowbit.schemes.values import value_milestones
 
 if TYPE_CHECKING:
     from lightning_lowbit.graph.network import Flow
@@ -232,10 +233,7 @@ class Niti(Scheme):
         return NitiRule(self, modules)
 
     def milestones(self) -> tuple[Milestone, ...]:
-        return tuple(
-            Milestone(when, mu_event(place, mu))
-            for place, (mu, when) in enumerate(zip(self.schedule, self.mu_at, strict=False))
-        )
+        return value_milestones("mu", self.schedule, self.mu_at)
 
 
 def _check_range(option: str, values: tuple[int, ...], low: int, high: int) -> None:

@@ -18,26 +18,22 @@ from lightning_lowbit.modules.integer_layers import collect
 from lightning_lowbit.modules.integer_rounding import random_bits
 from lightning_lowbit.numerics.block import ShiftRounding, shift_round
 from lightning_lowbit.numerics.niti_rules import decayed, grad_shift
+from lightning_lowbit.schemes.values import Values
 
 if TYPE_CHECKING:
     from lightning_lowbit.schemes.niti import Niti
 
-__all__ = ["NitiRule", "mu_event"]
+__all__ = ["NitiRule"]
 
 _ALL_BITS = 31
 _BIAS_FRACTION = 8  # a bias is an int8 code with 8 fraction bits: the same mu moves both by the same share
-
-
-def mu_event(place: int, mu: int) -> str:
-    """Name of the milestone of a value of mu; values may come again, so it says which one of the schedule it is."""
-    return f"mu[{place}]={mu}"
 
 
 class NitiRule(UpdateRule):
     """Moves integer weights and biases; keeps what they have below their codes, and their momentum.
 
     Attributes:
-        mu: present bits of an update.
+        schedule: of the bits of an update.
         masters: by parameter path, int16 weights with fraction bits below the int8 code.
         kept: by parameter path, the last update, for momentum.
         silent: by layer, consecutive steps without a gradient.
@@ -55,20 +51,18 @@ class NitiRule(UpdateRule):
         self.scheme = scheme
         self.layers: dict[str, Any] = {path: m for path, m in modules.items() if hasattr(m, "gathered")}
         self.ranges = [q for m in modules.values() for q in m.modules() if isinstance(q, BlockRange)]
-        self.mu = scheme.schedule[0]
-        self.reached: dict[int, int] = {}
+        self.schedule = Values("mu", scheme.schedule)
         self.masters: dict[str, Tensor] = {}
         self.kept: dict[str, Tensor] = {}
         self.silent: dict[str, Tensor] = {}
         self.current: dict[str, Tensor] = {}
 
+    @property
+    def mu(self) -> int:
+        return self.schedule.now
+
     def milestone(self, what: str, reached: bool, when: int) -> None:
-        place, mu = what.removeprefix("mu[").split("]=")
-        if reached:
-            self.reached[int(place)] = int(mu)
-        else:
-            self.reached.pop(int(place), None)
-        self.mu = self.reached[max(self.reached)] if self.reached else self.scheme.schedule[0]
+        self.schedule.follow(what, reached)
 
     def waiting(self) -> list[str]:
         return [path for path, layer in self.layers.items() if layer.gathered]

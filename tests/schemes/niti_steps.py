@@ -142,7 +142,7 @@ class Steps:
         for step, mu in enumerate(self.mus):
             self.step = step
             rule = rule_of(self.net)
-            rule.mu = mu  # type: ignore[union-attr]  # a NitiRule
+            rule.milestone(f"mu[{step}]={mu}", True, step)  # type: ignore[union-attr]  # a NitiRule
             target = self.v[f"s{self.step}_target"]
 
             def closure(target: Tensor = target, mu: int = mu) -> None:

@@ -1,0 +1,202 @@
+"""Activations in a format of so many bits, whose integer bits follow the data (WAGEUBN)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_lowbit.errors import InvariantError
+from lightning_lowbit.modules.base import Run, Site
+from lightning_lowbit.modules.error_gate import ErrorForm, ErrorGate
+from lightning_lowbit.modules.observed import ObservedQuantizer
+from lightning_lowbit.modules.planes import Operand, digits
+from lightning_lowbit.modules.quantizer import in_backward
+from lightning_lowbit.numerics.direct import fixed_width_codes, fixed_width_values
+from lightning_lowbit.numerics.grid import Grid
+from lightning_lowbit.numerics.observers import AllReduce
+from lightning_lowbit.numerics.ste import gate_backward
+from lightning_lowbit.numerics.width_changes import Hysteresis
+from lightning_lowbit.numerics.widths import Criterion, Format, Policy, integer_bits
+
+__all__ = ["WidthForm", "WidthQuantizer", "require_grid"]
+
+
+@dataclass(frozen=True)
+class WidthForm:
+    """How a tensor finds its format, and when that changes.
+
+    Args:
+        bits: of a code ("fixed_width"), or one more than the bits behind the point ("fixed_unit").
+        policy: which of the two stays.
+        criterion, percent: how many integer bits calibration gives, as of `numerics.widths.integer_bits`.
+        share, patience: as of `Hysteresis`.
+        integer: integer bits that are given, and stay; None leaves them to the data.
+        check: whether every tensor is looked at.
+    """
+
+    bits: int = 8
+    policy: Policy = "fixed_width"
+    criterion: Criterion = "max"
+    percent: float = 99.99
+    share: float = 1e-4
+    patience: int = 1000
+    integer: int | None = None
+    check: bool = False
+
+
+class WidthQuantizer(ObservedQuantizer):
+    """y = clip(round(x 2^f), -M or 0, M) 2^-f, ties to even; back, the errors on their grid, straight through.
+
+    Of a rectifier, errors pass where x > 0. In training each tensor is looked at, and the integer bits change between
+    steps by the rule of `Hysteresis`: members of a tie share one state, that of their first.
+
+    Args:
+        site: where it stands.
+        form: how its format is found.
+        error: how errors that come back are rounded; None leaves them.
+
+    Attributes:
+        width: state of the rule, float32 [9].
+        integer: integer bits now, a Python copy.
+        gate: what rounds the errors, or None.
+    """
+
+    width: Tensor
+
+    def __init__(self, site: Site, form: WidthForm, error: ErrorForm | None = None) -> None:
+        super().__init__(site)
+        self.form = form
+        self.histogram = form.criterion != "max" and form.integer is None
+        self.integer = form.integer or 0
+        self.gate = None if error is None else ErrorGate(error, site.key)
+        self.register_buffer("width", self.rule.start(self.integer))
+        if form.integer is not None:
+            self.rule.freeze(self.width)
+
+    # -- the format ---------------------------------------------------------------------------------------
+    @property
+    def rule(self) -> Hysteresis:
+        form, fraction = self.form, self.form.bits - 1 if self.form.policy == "fixed_unit" else None
+        return Hysteresis(form.bits, self.signed, fraction, form.share, form.patience)
+
+    @property
+    def leader(self) -> WidthQuantizer:
+        """The member of its tie whose state all of them follow."""
+        return self.group[0] if isinstance(self.group[0], WidthQuantizer) else self
+
+    @property
+    def format(self) -> Format:
+        if self.form.policy == "fixed_unit":
+            return Format(self.form.bits - 1 + self.leader.integer + int(self.signed), self.leader.integer, self.signed)
+        return Format(self.form.bits, self.leader.integer, self.signed)
+
+    def exponent(self) -> Tensor:
+        return torch.full((), -self.format.fraction, dtype=torch.int32)
+
+    def grid(self) -> Grid:
+        return self.format.grid()
+
+    def share(self, group: Any, same_grid: bool) -> None:
+        for member in group:
+            if isinstance(member, WidthQuantizer):
+                member.same_grid = same_grid
+
+    def refresh(self) -> None:
+        super().refresh()
+        self.integer = round(float(self.width[0]))
+
+    def keep(self, integer: int) -> None:
+        """Take over the integer bits that were decided for its tie."""
+        for member in self.group:
+            if isinstance(member, WidthQuantizer):
+                member.integer = integer
+                if member is not self:
+                    member.width[0] = integer
+
+    # -- forward ------------------------------------------------------------------------------------------
+    def quantize(self, x: Tensor, rectify: bool = False) -> Tensor:
+        if self.training and torch.is_grad_enabled() and not in_backward():
+            self.rule.observe(self.leader.width, x)
+        f = self.format
+        if rectify and self.signed:  # tied to a tensor with negative values
+            x, rectify = F.relu(x), False
+        if rectify:
+            y = _Rectified.apply(x, fixed_width_values(x.detach(), f.fraction, bits=f.total, signed=False), self.errors)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        else:
+            y = fixed_width_values(x, f.fraction, bits=f.total, signed=f.signed)
+            if self.gate is not None and y.requires_grad:
+                y = gate_backward(y, self.errors)
+        if self.form.check:
+            require_grid(self.site.key, y, f.fraction, f.limits)
+        result: Tensor = y
+        return result
+
+    def errors(self, g: Tensor) -> Tensor:
+        """What comes back, on its grid once that has begun."""
+        if self.gate is None or not self.gate.on:
+            return g
+        run: Run = self.switch.run
+        return self.gate.values(g, run)
+
+    def operand(self, x: Tensor) -> Operand:
+        """The codes of a tensor that has come by here."""
+        f = self.format
+        codes = fixed_width_codes(x, f.fraction, bits=f.total, signed=f.signed)
+        return Operand(digits(codes, f.limits[1]), -f.fraction)
+
+    def saturated(self, x: Tensor) -> Tensor:
+        f = self.format
+        codes = torch.round(x.detach().to(torch.float64) * 2.0**f.fraction)
+        return ((codes < f.limits[0]) & f.signed | (codes > f.limits[1])).sum()
+
+    # -- calibration --------------------------------------------------------------------------------------
+    def commit(self, all_reduce: AllReduce) -> None:
+        if self.form.integer is None:
+            found = []
+            for member, observer in self.observed():
+                if observer.histogram is not None:
+                    observer.reduce(all_reduce)
+                form = member.form
+                fraction = form.bits - 1 if form.policy == "fixed_unit" else None
+                if bool(observer.stats.abs_max(member.signed) > 0):
+                    observer.signed = member.signed
+                    found.append(
+                        integer_bits(observer, form.criterion, form.bits, member.signed, form.percent, fraction)
+                    )
+            most = max(found, default=0)
+            self.width.copy_(self.rule.start(most))
+            self.keep(most)
+        self.set_ready()
+
+
+class _Rectified(torch.autograd.Function):
+    """The rectified and rounded value; back, the rounded errors where x > 0."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, errors: Any) -> Tensor:
+        ctx.errors = errors
+        ctx.save_for_backward(x > 0)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        (positive,) = ctx.saved_tensors
+        return ctx.errors(g) * positive, None, None
+
+
+def require_grid(name: str, x: Tensor, fraction: int, limits: tuple[int, int] | None = None) -> None:
+    """InvariantError where a finite value of ``x`` is no multiple of 2^-fraction, or its code beyond ``limits``."""
+    codes = x.detach().to(torch.float64) * 2.0**fraction
+    off = torch.isfinite(codes) & (codes != codes.round())
+    if limits is not None:
+        off |= torch.isfinite(codes) & ((codes < limits[0]) | (codes > limits[1]))
+    if bool(off.any()):
+        worst = float(x.detach()[off].reshape(-1)[0])
+        raise InvariantError(
+            f"{name}: {int(off.sum())} of {x.numel()} values are off their grid, the first {worst!r}; expected "
+            f"multiples of 2^-{fraction}" + ("" if limits is None else f" with codes in {limits}") + "."
+        )

@@ -1,0 +1,348 @@
+"""WAGEUBN: full 8-bit training (Yang et al., Neural Networks 125, 2020, arXiv:1909.02384).
+
+Weights, activations, gradients, errors, updates and batch norm are fixed-point numbers with units that are powers of
+two. Layers multiply 8-bit integers forward and backward; the update closes in integers.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from lightning_lowbit.errors import ConfigError
+from lightning_lowbit.graph.ops import Kind
+from lightning_lowbit.modules.base import Milestone, Moment, Scheme, Site, UpdateRule
+from lightning_lowbit.modules.error_gate import ErrorForm, ErrorQuantizer
+from lightning_lowbit.modules.fixed_norm import NormGrids, fixed_norm
+from lightning_lowbit.modules.moments import check_moment
+from lightning_lowbit.modules.norm import LowBitBatchNorm, has_seen_data
+from lightning_lowbit.modules.plane_layers import multiplies_integers, plane_layer
+from lightning_lowbit.modules.quantizer import Quantizer
+from lightning_lowbit.modules.stored import StoredBias, StoredWeight
+from lightning_lowbit.modules.widths import WidthForm, WidthQuantizer
+from lightning_lowbit.numerics.momentum import UpdateFormat
+from lightning_lowbit.numerics.normalize import NormFormat
+from lightning_lowbit.numerics.widths import Criterion, Policy
+from lightning_lowbit.schemes.options import check_bits, check_choice, each_override, require_matches
+from lightning_lowbit.schemes.values import value_milestones
+from lightning_lowbit.schemes.wageubn_presets import DEFAULTS, settings_of
+
+if TYPE_CHECKING:
+    from lightning_lowbit.graph.network import Flow
+    from lightning_lowbit.graph.plan import Plan
+
+__all__ = ["Wageubn"]
+
+Backend = Literal["auto", "int8", "simulate", "reference", "cuda"]
+_OVERRIDABLE = ("weight_bits", "act_bits", "act_format")
+_ACTIVATIONS = (Kind.RELU, Kind.ACTIVATION)
+_SUMS = (Kind.ADD, Kind.CAT, Kind.AVG_POOL)
+_SUM_BITS = 16  # of layers' results, where these are rounded
+
+
+@dataclass(frozen=True)
+class Wageubn(Scheme):
+    """Fixed-point training: 8-bit operands of every product, integer momentum, batch norm on grids.
+
+    A width of k bits is a sign and k - 1 bits behind the point; integer bits come on top, but for fixed_width.
+
+    Args:
+        preset: "recommended", "paper", "authors" (their code) or "pypi" (the package of that name: forward only).
+        bits: what weight_bits, act_bits and the bits of e1 are if they are not given; 8 by itself.
+        weight_bits: bits of weights, signed (2 to 16).
+        act_bits: bits of activations and of what layers read.
+        act_format: "fixed_width" (codes of act_bits, the unit follows the data) or "fixed_unit" (published: unit
+            2^-(act_bits-1), the width follows the data).
+        act_init: how many integer bits calibration gives: max, percentile, mse or kl_j.
+        percentile: of the percentile.
+        width_share: share of saturated values above which a tensor gets an integer bit more.
+        width_patience: steps without use of the top bit after which it gets one less.
+        io: what else is quantized between modules: "none", "outputs" (sums, concats, pools) or "strict" (every result,
+            those of layers in 16 bits).
+        weight_range: "one" (published: weights in +-1), "fit" (each layer's power of two that holds them), "room"
+            (up to 4 times that) or "auto": fit where weights come from elsewhere, else room.
+        e1: errors that arrive at an activation: "shift8", another width, or "off".
+        e2: errors at a layer's result, which enter both products: "flag8", "shift8", "flag16", "shift16" or "off".
+        clip_to_one: e1 keeps the published code's largest code, one more than its bits hold.
+        sync_range: all processes take the unit of errors from the largest value of all.
+        norms: whether batch norms are quantized.
+        mean_bits, deviation_bits, xhat_bits, gamma_bits, beta_bits: of batch norm.
+        running_bits: of running statistics; 32 leaves them.
+        norm_momentum: share of a batch in them; None takes each norm's own.
+        bias_bits: of the biases of layers, which enter sums that are wider.
+        gradient_bits, momentum_bits, accumulator_bits, lr_bits, stored_bits: of the update.
+        exact: refuse widths with which the update would round.
+        gradients: whether gradients of weights are quantized.
+        update: "integer" momentum, "fake" (the user's optimizer, then the stored grid) or "float".
+        momentum: of the update; None takes that of the optimizer's group.
+        clip_stored: stored weights stay within the range of the 8-bit ones.
+        dr: ranges of quantized gradients, powers of two.
+        dr_at: when each begins.
+        rounding: of gradients: "stochastic" or "nearest".
+        seed: of its random numbers.
+        first_last: first and last layers stay "float", or are "int8".
+        quantize_norms, quantize_errors, quantize_gradients: when those begin; 0 with everything else.
+        freeze_widths: from when on integer bits stand still; None never.
+        backend: of the integer products; "auto" is the fastest exact one.
+        check: look at every tensor, and raise where one is off its grid: slow.
+        overrides: options per module-path pattern: weight_bits, act_bits, act_format (also (total, integer) bits).
+    """
+
+    name: ClassVar[str] = "wageubn"
+    runs_norms: ClassVar[bool] = True
+
+    preset: str | None = None
+    bits: int | None = None
+    weight_bits: int | None = None
+    act_bits: int | None = None
+    act_format: Policy | None = None
+    act_init: Criterion = "max"
+    percentile: float = 99.99
+    width_share: float = 1e-4
+    width_patience: int = 1000
+    io: Literal["none", "outputs", "strict"] | None = None
+    weight_range: Literal["auto", "one", "fit", "room"] | None = None
+    e1: str | None = None
+    e2: str | None = None
+    clip_to_one: bool | None = None
+    sync_range: bool = False
+    norms: bool = True
+    mean_bits: int = 16
+    deviation_bits: int = 16
+    xhat_bits: int | None = None
+    gamma_bits: int = 8
+    beta_bits: int = 8
+    running_bits: int | None = None
+    norm_momentum: float | None = None
+    bias_bits: int | None = None
+    gradient_bits: int = 15
+    momentum_bits: int = 3
+    accumulator_bits: int = 13
+    lr_bits: int = 10
+    stored_bits: int = 24
+    exact: bool = True
+    gradients: bool | None = None
+    update: Literal["integer", "fake", "float"] | None = None
+    momentum: float | None = None
+    clip_stored: bool | None = None
+    dr: tuple[int, ...] | None = None
+    dr_at: tuple[Moment, ...] | None = None
+    rounding: Literal["stochastic", "nearest"] = "stochastic"
+    seed: int = 0
+    first_last: Literal["float", "int8"] | None = None
+    quantize_norms: Moment = 0
+    quantize_errors: Moment = 0
+    quantize_gradients: Moment = 0
+    freeze_widths: Moment | None = 0.9
+    backend: Backend = "auto"
+    check: bool = False
+    overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        settings = dict(DEFAULTS) if self.preset is None else DEFAULTS | settings_of(self.preset)
+        if self.bits is not None:
+            settings |= {"weight_bits": self.bits, "act_bits": self.bits, "e1": f"shift{self.bits}"}
+        for option, value in settings.items():
+            if getattr(self, option) is None:
+                object.__setattr__(self, option, value)
+        object.__setattr__(self, "preset", None)  # spent, as bits are: two ways to say the same are equal
+        object.__setattr__(self, "bits", None)
+        for option in ("dr", "dr_at"):
+            value = getattr(self, option)
+            object.__setattr__(self, option, tuple(value) if isinstance(value, (tuple, list)) else (value,))
+        self._check()
+
+    def _check(self) -> None:
+        for option in ("weight_bits", "act_bits", "bias_bits"):
+            check_bits(type(self), option, getattr(self, option))
+        for option in (
+            "act_format", "act_init", "io", "weight_range", "update", "rounding", "first_last", "backend",
+        ):  # fmt: skip
+            check_choice(type(self), option, getattr(self, option))
+        for option in ("clip_to_one", "sync_range", "norms", "exact", "gradients", "clip_stored", "check"):
+            if not isinstance(getattr(self, option), bool):
+                raise ConfigError(f"Wageubn({option}={getattr(self, option)!r}): expected True or False.")
+        for event in ("quantize_norms", "quantize_errors", "quantize_gradients", "freeze_widths"):
+            check_moment(f"Wageubn: {event}", getattr(self, event))
+        self._error("e1"), self._error("e2")
+        self._width("act", "act_bits", "act_format")
+        self.norm_format  # noqa: B018  # refuses widths
+        self.update_format  # noqa: B018
+        self._check_gradients()
+        for pattern, option, value in each_override(type(self), self.overrides, _OVERRIDABLE):
+            if option == "act_format":
+                _format_of(value, f"Wageubn(overrides[{pattern!r}].act_format={value!r})")
+            else:
+                check_bits(type(self), f"overrides[{pattern!r}].{option}", value)
+
+    def _check_gradients(self) -> None:
+        assert self.dr is not None
+        assert self.dr_at is not None
+        for value in self.dr:
+            if not isinstance(value, int) or not 2 <= value <= 2**15 or value & (value - 1):
+                raise ConfigError(f"Wageubn(dr={self.dr!r}): expected powers of two from 2 to 2^15.")
+        for moment in self.dr_at:
+            check_moment("Wageubn: dr_at", moment)
+        if len(self.dr) > len(self.dr_at):
+            raise ConfigError(
+                f"Wageubn(dr={self.dr!r}, dr_at={self.dr_at!r}): {len(self.dr)} values and {len(self.dr_at)} moments. "
+                "Give a moment for each value of dr."
+            )
+        if self.update == "integer" and not self.gradients:
+            raise ConfigError(
+                "Wageubn(update='integer', gradients=False): the integer update is of quantized gradients. Take "
+                "update='fake' or 'float', or gradients=True."
+            )
+        for name, share in (("momentum", self.momentum), ("norm_momentum", self.norm_momentum)):
+            if share is not None and not (isinstance(share, (int, float)) and 0 <= share < 1):
+                raise ConfigError(f"Wageubn({name}={share!r}): expected a number in [0, 1), or None.")
+
+    def replace(self, **options: Any) -> Wageubn:
+        if options.get("preset") is not None:  # says all anew that presets say
+            options = {**dict.fromkeys((*DEFAULTS, "momentum", "norm_momentum")), **options}
+        if options.get("bits") is not None:
+            options = {"weight_bits": None, "act_bits": None, "e1": None, **options}
+        return super().replace(**options)
+
+    # -- formats -----------------------------------------------------------------------------------------------
+    @property
+    def norm_format(self) -> NormFormat:
+        return NormFormat(
+            self.mean_bits, self.deviation_bits, self.xhat_bits or 16, self.gamma_bits, self.beta_bits
+        )  # fmt: skip
+
+    @property
+    def update_format(self) -> UpdateFormat:
+        return UpdateFormat(
+            self.gradient_bits, self.momentum_bits, self.accumulator_bits, self.lr_bits, self.stored_bits, self.exact
+        )
+
+    def _error(self, option: str) -> ErrorForm | None:
+        return ErrorForm.parse(
+            getattr(self, option), f"Wageubn({option}", shared=self.sync_range, check=self.check,
+            clip_to_one=option == "e1" and bool(self.clip_to_one),
+        )  # fmt: skip
+
+    def _width(self, path: str, bits: str, policy: str) -> WidthForm:
+        given = self._option(path, policy)
+        total, integer = given if not isinstance(given, str) else (self._option(path, bits), None)
+        kept: Policy = given if isinstance(given, str) else "fixed_width"  # type: ignore[assignment]  # checked
+        return WidthForm(
+            total, kept, self.act_init, self.percentile, self.width_share, self.width_patience, integer, self.check
+        )
+
+    def _option(self, path: str, option: str) -> Any:
+        for pattern, options in self.overrides.items():
+            if option in options and fnmatch.fnmatchcase(path, pattern):
+                return options[option]
+        return getattr(self, option)
+
+    # -- the seam ----------------------------------------------------------------------------------------------
+    def adapted_to(self, root: nn.Module, pretrained: bool) -> Wageubn:
+        seen = pretrained or any(has_seen_data(module) for module in root.modules())
+        return self.replace(weight_range="fit" if seen else "room") if self.weight_range == "auto" else self
+
+    def like(self, other: Scheme) -> Wageubn:
+        decided = isinstance(other, Wageubn) and self.weight_range == "auto"
+        return self.replace(weight_range=other.weight_range) if decided else self  # type: ignore[attr-defined]
+
+    def leaves_float(self, site: Site, module: nn.Module) -> str | None:
+        if self.first_last == "float" and (site.first or site.last):
+            return f"{'first' if site.first else 'last'} layer, by first_last='float'"
+        return None
+
+    def quantizer(self, site: Site) -> Quantizer | None:
+        if site.role == "weight":
+            chosen = "room" if self.weight_range == "auto" else self.weight_range
+            return StoredWeight(site, self._option(site.path, "weight_bits"), chosen)  # type: ignore[arg-type]
+        if site.role == "bias":
+            return StoredBias(site, self.bias_bits or 8)
+        if site.role == "error":
+            form = self._error("e2")
+            layer = site.op not in (Kind.BATCH_NORM, *_ACTIVATIONS, *_SUMS)
+            return ErrorQuantizer(site, form) if form is not None and layer else None
+        if site.role == "sum":
+            momentum = self.norm_momentum
+            grids = NormGrids(site, self.norm_format, self.running_bits or 32, momentum, self.check)
+            return grids if site.op == Kind.BATCH_NORM else None
+        if site.role == "accumulator":
+            return WidthQuantizer(site, WidthForm(_SUM_BITS)) if self.io == "strict" else None
+        return self._activation(site)
+
+    def _activation(self, site: Site) -> Quantizer | None:
+        rectifies = site.op in _ACTIVATIONS and site.slot == "lowbit_output"
+        wanted = {
+            "input": site.source is None,
+            "output": rectifies or site.multiplied or self.io == "strict" or (site.op in _SUMS and self.io != "none"),
+            "operand": rectifies or site.multiplied or self.io == "strict" or (site.op in _SUMS and self.io != "none"),
+            "result": rectifies or self.io == "strict",
+        }
+        if not wanted.get(site.role, False):
+            return None
+        form = self._width(site.path, "act_bits", "act_format")
+        return WidthQuantizer(site, form, self._error("e1") if rectifies else None)
+
+    def batch_norm(self, site: Site, norm: nn.Module) -> str:
+        return "island" if self.norms else "keep"
+
+    def tied(self, root: nn.Module, flow: Flow, plan: Plan) -> list[list[str]]:
+        """What is joined has one format, and so have layers with one weight; what is added has each its own."""
+        return plan.joined() + [tie for tie in plan.ties if tie[0].endswith(".lowbit_weight")]
+
+    def connect(self, root: nn.Module, flow: Flow, plan: Plan) -> list[str]:
+        require_matches(type(self), self.overrides, plan)
+        layers = {layer.path for layer in plan.layers}
+        for call in flow.calls:
+            if call.kind is not Kind.BATCH_NORM or call.path not in plan.islands:
+                continue
+            norm = root.get_submodule(call.path)
+            grids = getattr(norm, "lowbit_accumulator", None)
+            if isinstance(grids, NormGrids):
+                grids.__dict__["norm"] = norm
+                source = call.inputs[0].path if len(call.inputs) == 1 else None
+                grids.__dict__["behind"] = root.get_submodule(source) if source in layers else None
+        return []
+
+    def forward(self, layer: Any, x: Tensor) -> Tensor:
+        if not layer.switch.quantizing or not layer.lowbit_weight.ready:
+            return layer.quantized(x)  # type: ignore[no-any-return]  # float, or calibration
+        return plane_layer(layer, x)
+
+    def compute(self, layer: Any, *operands: Any, **settings: Any) -> Tensor:
+        if isinstance(layer, LowBitBatchNorm):
+            return fixed_norm(layer, *operands)
+        return layer.op(*operands, **settings)  # type: ignore[no-any-return]  # layers and operations have op
+
+    def proves_sums(self, layer: Any) -> bool:
+        return multiplies_integers(layer)
+
+    def update_rule(self, modules: dict[str, nn.Module]) -> UpdateRule:
+        from lightning_lowbit.schemes.wageubn_training import ClosedRule
+
+        return ClosedRule(self, modules)
+
+    def milestones(self) -> tuple[Milestone, ...]:
+        assert self.dr is not None
+        assert self.dr_at is not None
+        return (
+            Milestone(self.quantize_norms, "quantize_norms"),
+            Milestone(self.quantize_errors, "quantize_errors"),
+            Milestone(self.quantize_gradients, "quantize_gradients"),
+            *value_milestones("dr", self.dr, self.dr_at),
+            Milestone(self.freeze_widths, "freeze_widths"),
+        )
+
+    def activation_bits(self) -> int:
+        return 16  # sums of 8-bit products: bfloat16 counts to 256 only
+
+
+def _format_of(value: Any, where: str) -> None:
+    """Refuse what is no policy and no (total, integer) bits."""
+    pair = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
+    if value in ("fixed_width", "fixed_unit") or (pair and all(type(bits) is int for bits in value)):
+        return
+    raise ConfigError(f"{where}: expected 'fixed_width', 'fixed_unit' or a pair of total and integer bits.")

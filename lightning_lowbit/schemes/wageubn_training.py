@@ -1,0 +1,355 @@
+"""WAGEUBN's update: gradients of a constant range, momentum that closes in integers, formats that follow the data."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lowbit.errors import ConfigError, InvariantError
+from lightning_lowbit.modules.base import StepContext, UpdateRule, switch_of
+from lightning_lowbit.modules.error_gate import ErrorQuantizer
+from lightning_lowbit.modules.fixed_norm import NormGrids
+from lightning_lowbit.modules.stored import StoredBias, StoredWeight
+from lightning_lowbit.modules.widths import WidthQuantizer
+from lightning_lowbit.numerics.constant import constant_codes, constant_quantize, uniform_draws
+from lightning_lowbit.numerics.momentum import (
+    integer_step_,
+    learning_rate_code,
+    learning_rate_notice,
+    momentum_code,
+    momentum_notice,
+    recover,
+    store,
+)
+from lightning_lowbit.numerics.noise import combine
+from lightning_lowbit.schemes.step_advice import lr_notice
+from lightning_lowbit.schemes.values import Values
+
+if TYPE_CHECKING:
+    from lightning_lowbit.schemes.wageubn import Wageubn
+
+__all__ = ["ClosedRule"]
+
+_LARGEST_GRADIENT = 2**24  # codes of gradients of norms and biases, which are not brought to a range
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A parameter that the rule moves.
+
+    Args:
+        parameter: the user's.
+        weight: a layer's weight; else a bias, or a norm's gamma or beta.
+        quantizer: of that weight: its stored codes count in units of 2^power.
+    """
+
+    parameter: nn.Parameter
+    weight: bool
+    quantizer: StoredWeight | None
+
+    @property
+    def power(self) -> int:
+        return 0 if self.quantizer is None else self.quantizer.power
+
+
+@dataclass(frozen=True)
+class _Taken:
+    gradient: Tensor
+    lr: float
+    momentum: float
+    weight_decay: float
+
+
+class ClosedRule(UpdateRule):
+    """Quantizes gradients that are summed already, and steps the parameters it stores in place of the user's optimizer.
+
+        g    = CQ(grad + decay w)          weights;  Q(grad) of gamma, beta and biases, which do not decay
+        acc  = mom acc_q + g
+        w    = w - lr acc
+        acc_q = Q(acc)
+
+    Learning rate, momentum and weight decay are those of the optimizer's group that holds the parameter. A step with a
+    gradient, an error or an activation that is not finite on any process is left out, the user's own parameters
+    included, and counted.
+
+    Args:
+        scheme: its options.
+        modules: the low-bit modules by path.
+
+    Attributes:
+        masters: by parameter name, codes of stored weights, int32.
+        accumulators: by parameter name, codes of momentum, int16 (int32 of gamma, beta and biases).
+        skipped: steps left out.
+        saturated: by parameter name, stored weights at the end of their range, in the last step.
+    """
+
+    inert: ClassVar[dict[str, str]] = {
+        "gradient_clip_val": "gradients are brought to one range, dr; layers and norms in low bits",
+    }
+
+    def __init__(self, scheme: Wageubn, modules: dict[str, nn.Module]) -> None:
+        self.scheme, self.format = scheme, scheme.update_format
+        self.stored = _parameters(modules)
+        self.names = {id(entry.parameter): name for name, entry in self.stored.items()}
+        held = [child for module in modules.values() for child in module.children()]
+        held += [
+            q for m in modules.values() for q in (m.__dict__.get("input_grid"), *m.__dict__.get("operand_grids", ()))
+        ]
+        unique = list({id(child): child for child in held}.values())
+        self.norms = [child for child in unique if isinstance(child, NormGrids)]
+        self.widths = [child for child in unique if isinstance(child, WidthQuantizer) and child.leader is child]
+        self.gates = [
+            child.gate for child in unique if isinstance(child, (ErrorQuantizer, WidthQuantizer)) and child.gate
+        ]
+        self.switch = switch_of(nn.ModuleList(modules.values()))
+        self.dr = Values("dr", scheme.dr or (128,))
+        self.begun = True
+        self.masters: dict[str, Tensor] = {}
+        self.accumulators: dict[str, Tensor] = {}
+        self.saturated: dict[str, Tensor] = {}
+        self.taken: dict[str, _Taken] = {}
+        self.skipped = 0
+        self._skips = False  # this step
+        self._said: set[str] = set()
+        self._news: list[str] = []
+
+    def milestone(self, what: str, reached: bool, when: int) -> None:
+        if self.dr.follow(what, reached):
+            return
+        if what == "quantize_norms":
+            for norm in self.norms:
+                norm.switch_on(reached)
+        elif what == "quantize_errors":
+            for gate in self.gates:
+                gate.on = reached
+        elif what == "quantize_gradients":
+            self.begun = reached
+        elif what == "freeze_widths":
+            for quantizer in self.widths:
+                quantizer.rule.freeze(quantizer.width, reached or quantizer.form.integer is not None)
+
+    # -- one step -----------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def before_step(self, optimizer: torch.optim.Optimizer, context: StepContext) -> None:
+        self.taken.clear()
+        self._skips = self._finds_nonfinite(optimizer, context)
+        if self._skips:
+            self._skip(optimizer, context)
+        elif self.begun and self.scheme.update == "integer":
+            self._take(optimizer, context)
+        elif self.begun and self.scheme.gradients:
+            for name, parameter in self._held(optimizer):
+                if self.stored[name].weight and parameter.grad is not None:
+                    bits = self.format.gradient
+                    value = constant_quantize(
+                        parameter.grad, self._draws(name, parameter.grad, context), dr=self.dr.now, bits=bits
+                    )[0]
+                    parameter.grad.copy_(value * context.grad_scale)
+
+    def _held(self, optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
+        every = [p for group in optimizer.param_groups for p in group["params"]]
+        return [(self.names[id(p)], p) for p in every if id(p) in self.names]
+
+    def _finds_nonfinite(self, optimizer: torch.optim.Optimizer, context: StepContext) -> bool:
+        """Whether any process met a value that is none, in this step's gradients, errors or activations."""
+        gradients = [p.grad for _, p in self._held(optimizer) if p.grad is not None]
+        found = [~torch.isfinite(g).all() for g in gradients]
+        found += [~torch.isfinite(q.width[-1]) for q in self.widths]  # their reach
+        errors, self.switch.run.nonfinite = self.switch.run.nonfinite, 0
+        device = found[0].device if found else torch.device("cpu")
+        count = torch.stack(found).sum() if found else torch.zeros((), dtype=torch.int64)
+        return bool(context.reduce_max((count + torch.as_tensor(errors, device=device)).to(torch.int64)) > 0)
+
+    def _skip(self, optimizer: torch.optim.Optimizer, context: StepContext) -> None:
+        self.skipped += 1
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+        if context.grad_scale == 1.0:  # a gradient scaler looks for its scale this way
+            self._say(
+                "skipped", f"step {context.step}: NaN or infinite values in gradients, errors or activations. The step "
+                "is left out and counted (skipped_steps); look at the batch, the loss and the learning rate."
+            )  # fmt: skip
+
+    def _take(self, optimizer: torch.optim.Optimizer, context: StepContext) -> None:
+        for group in optimizer.param_groups:
+            momentum = self.scheme.momentum
+            momentum = float(group.get("momentum", 0.25)) if momentum is None else momentum
+            for parameter in group["params"]:
+                name = self.names.get(id(parameter))
+                if name is None or parameter.grad is None:
+                    continue
+                lr, decay = float(group["lr"]), float(group.get("weight_decay", 0.0))
+                self.taken[name] = _Taken(parameter.grad, lr, momentum, decay)
+                parameter.grad = None
+        if self.taken:
+            self._advise(context)
+
+    def _advise(self, context: StepContext) -> None:
+        """Once, what the grids make of learning rate and momentum, and how far they carry."""
+        first = next(
+            (self.taken[name] for name, entry in self.stored.items() if entry.weight and name in self.taken), None
+        )
+        if first is None:
+            return
+        self._say("lr", learning_rate_notice(first.lr, self.format))
+        self._tell("momentum", momentum_notice(first.momentum, self.format))
+        weights = [entry for name, entry in self.stored.items() if entry.weight and name in self.taken]
+        spread = [float(entry.parameter.detach().std()) * 2.0**-entry.power for entry in weights]
+        carried = lr_notice(spread, first.lr, first.momentum, self.dr.now, self.format, context.total_steps)
+        self._tell("carries", carried)
+
+    @torch.no_grad()
+    def step(self, owned: set[str], context: StepContext) -> None:
+        for name in sorted(self.taken):
+            self._update(name, self.taken[name], context)
+        self.taken.clear()
+        if self.scheme.update == "fake" and self.begun and not self._skips:
+            for entry in self.stored.values():
+                codes = recover(entry.parameter * 2.0**-entry.power, self.format, self._clips(entry))
+                entry.parameter.copy_(store(codes, self.format) * 2.0**entry.power)
+        self._follow(context)
+
+    def _update(self, name: str, taken: _Taken, context: StepContext) -> None:
+        entry = self.stored[name]
+        codes = self._gradient(name, entry, taken, context)
+        if codes is None:
+            return
+        master = self._master(name, entry)
+        acc = self.accumulators.get(name)
+        if acc is None:
+            acc = torch.zeros_like(master, dtype=torch.int16 if entry.weight else torch.int32)
+            self.accumulators[name] = acc
+        lr, momentum = learning_rate_code(taken.lr, self.format), momentum_code(taken.momentum, self.format)
+        self.saturated[name] = integer_step_(master, acc, codes, lr, momentum, self.format, self._clips(entry))
+        self._show(entry, master)
+        if self.scheme.check and entry.weight and int(codes.abs().max()) >= self.dr.now:
+            raise InvariantError(f"{name}: quantized gradients reach {int(codes.abs().max())}, expected below dr.")
+
+    def _gradient(self, name: str, entry: Stored, taken: _Taken, context: StepContext) -> Tensor | None:
+        """Codes of a quantized gradient; None where there is nothing to step by."""
+        gradient = taken.gradient.to_dense() if taken.gradient.is_sparse else taken.gradient
+        gradient = gradient / context.grad_scale if context.grad_scale != 1.0 else gradient
+        if not entry.weight:
+            codes = torch.round(gradient.to(torch.float64) * 2.0 ** (self.format.gradient - 1))
+            return codes.clamp_(-_LARGEST_GRADIENT, _LARGEST_GRADIENT).to(torch.int32)
+        if taken.weight_decay:
+            gradient = gradient.add(entry.parameter.detach(), alpha=taken.weight_decay)
+        codes, _ = constant_codes(gradient, self._draws(name, gradient, context), dr=self.dr.now)
+        return codes
+
+    def _draws(self, name: str, like: Tensor, context: StepContext) -> Tensor | None:
+        """Uniform numbers, the same on all processes: of the seed, the step and the parameter's place."""
+        if self.scheme.rounding == "nearest":
+            return None
+        injected = self.switch.run.injected
+        if injected is not None:
+            return injected(name, "gradient", 1, like.numel()).reshape(like.shape).to(like.device)
+        place = list(self.stored).index(name)
+        return uniform_draws(combine(self.scheme.seed, context.step, place), like)
+
+    def _master(self, name: str, entry: Stored) -> Tensor:
+        """Stored codes. Where somebody else has written to the parameter (a load, a hook) they begin at its values."""
+        known = self.masters.get(name)
+        if known is None or not torch.equal(self._shown(entry, known), entry.parameter):
+            known = recover(entry.parameter.detach() * 2.0**-entry.power, self.format, self._clips(entry))
+            self.masters[name] = known
+        return known
+
+    def _clips(self, entry: Stored) -> bool:
+        return bool(entry.weight and self.scheme.clip_stored)
+
+    def _shown(self, entry: Stored, master: Tensor) -> Tensor:
+        return store(master, self.format).mul_(2.0**entry.power).to(entry.parameter.dtype)
+
+    def _show(self, entry: Stored, master: Tensor) -> None:
+        entry.parameter.copy_(self._shown(entry, master))
+
+    def _follow(self, context: StepContext) -> None:
+        """Integer bits of all activations, by what this step saw on all processes."""
+        for rule, members in _by_rule(self.widths).items():
+            states = torch.stack([quantizer.width for quantizer in members])
+            if context.world > 1:
+                rule.reduce(
+                    states, lambda tensor, op: {"sum": context.reduce_sum, "max": context.reduce_max}[op](tensor)
+                )
+            rule.commit(states)
+            for quantizer, state, integer in zip(members, states, states[:, 0].round().tolist(), strict=True):
+                quantizer.width.copy_(state)
+                quantizer.keep(int(integer))
+
+    # -- reports and state --------------------------------------------------------------------------------
+    def _say(self, topic: str, words: str) -> None:
+        if words and topic not in self._said:
+            self._said.add(topic)
+            warnings.warn(f"wageubn: {words}", stacklevel=4)
+
+    def _tell(self, topic: str, words: str) -> None:
+        if words and topic not in self._said:
+            self._said.add(topic)
+            self._news.append(words)
+
+    def news(self) -> list[str]:
+        told, self._news = self._news, []
+        return told
+
+    def logged(self) -> dict[str, float]:
+        return {"dr": float(self.dr.now), "skipped_steps": float(self.skipped)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "masters": {name: codes.clone() for name, codes in self.masters.items()},
+            "accumulators": {name: codes.clone() for name, codes in self.accumulators.items()},
+            "skipped": self.skipped,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if not state:
+            return
+        unknown = sorted(state["masters"].keys() - self.stored.keys())
+        if unknown:
+            raise ConfigError(
+                f"{unknown[0]}: the checkpoint holds its stored weight, this network has no such low-bit parameter. "
+                "Load into the code that was trained, with the same skip= and include=."
+            )
+        self.skipped = state["skipped"]
+        for name, codes in state["masters"].items():
+            entry = self.stored[name]
+            self.masters[name] = codes.clone().to(entry.parameter.device)
+            if not torch.equal(self._shown(entry, self.masters[name]), entry.parameter):
+                self._say(name, f"{name}: the checkpoint's weight differs from its integers, which are taken.")
+                self._show(entry, self.masters[name])
+        for name, codes in state["accumulators"].items():
+            self.accumulators[name] = codes.clone().to(self.stored[name].parameter.device)
+
+
+def _parameters(modules: dict[str, nn.Module]) -> dict[str, Stored]:
+    """What is stored in low bits, each parameter once, under the first of its names."""
+    found: dict[str, Stored] = {}
+    seen: set[int] = set()
+    for path in sorted(modules):
+        module: Any = modules[path]
+        weight = getattr(module, "lowbit_weight", None)
+        norm = isinstance(getattr(module, "lowbit_accumulator", None), NormGrids)
+        biased = isinstance(getattr(module, "lowbit_bias", None), StoredBias)
+        for name, quantizer, wanted in (
+            ("weight", weight, isinstance(weight, StoredWeight) or norm), ("bias", None, biased or norm),
+        ):  # fmt: skip
+            parameter = getattr(module, f"{name}_orig", getattr(module, name, None))  # pruned: what the mask hides
+            if wanted and isinstance(parameter, nn.Parameter) and id(parameter) not in seen:
+                seen.add(id(parameter))
+                found[f"{path}.{name}"] = Stored(parameter, quantizer is not None, quantizer)
+    return found
+
+
+def _by_rule(widths: list[WidthQuantizer]) -> dict[Any, list[WidthQuantizer]]:
+    """Quantizers under one rule and on one device: decided in one go."""
+    found: dict[Any, list[WidthQuantizer]] = {}
+    for quantizer in widths:
+        found.setdefault(quantizer.rule, []).append(quantizer)
+    return found
