@@ -22,7 +22,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from qat_step import Parts, ResNet20
+from qat_step import Parts, ResNet20, vgg_small
 from timing import kept_bytes
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -34,15 +34,6 @@ from lightning_lowbit.modules.block import WeightCodes
 
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(784, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 10))
-
-
-def vgg_small() -> nn.Module:
-    """VGG-small-7 of the publication: no bias, no batch norm."""
-    layers: list[nn.Module] = []
-    for inputs, outputs in ((3, 128), (128, 256), (256, 512)):
-        layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.ReLU()]
-        layers += [nn.Conv2d(outputs, outputs, 3, padding=1, bias=False), nn.ReLU(), nn.MaxPool2d(2)]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.5), nn.Linear(8192, 10, bias=False))
 
 
 def resnet20() -> nn.Module:

@@ -93,16 +93,26 @@ def mlp(parts: Parts) -> nn.Module:
     return nn.Sequential(parts.operand(), *hidden, parts.linear(2048, 10))
 
 
+def vgg_small() -> nn.Module:
+    """VGG-small-7 of the publication: no bias, no batch norm."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((3, 128), (128, 256), (256, 512)):
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.ReLU()]
+        layers += [nn.Conv2d(outputs, outputs, 3, padding=1, bias=False), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.5), nn.Linear(8192, 10, bias=False))
+
+
 NETS: dict[str, tuple[Callable[[Parts], nn.Module], tuple[int, ...]]] = {
     "resnet20": (ResNet20, (64, 3, 32, 32)),
     "mlp": (mlp, (128, 784)),
+    "vgg": (lambda parts: vgg_small(), (32, 3, 32, 32)),
 }
 
 
 def float_net(name: str, parts: Parts | None = None) -> nn.Module:
     torch.manual_seed(0)
     net = NETS[name][0](parts or Parts()).train()
-    return net.to(memory_format=torch.channels_last) if name == "resnet20" else net
+    return net.to(memory_format=torch.channels_last) if len(NETS[name][1]) == 4 else net
 
 
 def batch(name: str) -> tuple[Tensor, Tensor]:

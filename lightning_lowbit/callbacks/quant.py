@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
+from lightning_utilities.core.rank_zero import rank_zero_only
+from torch import nn
+
+from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.modules.base import Scheme
+from lightning_lowbit.modules.convert import is_converted
 from lightning_lowbit.plugins.lifecycle import Lifecycle
+from lightning_lowbit.reports.summary import summarize
+from lightning_lowbit.reports.widths import Widths
 
 __all__ = ["QuantCallback"]
 
@@ -12,7 +22,7 @@ class QuantCallback(Lifecycle):
     """Turn any LightningModule into a low-bit network when a Trainer takes it, and train it.
 
     After a fit, ``metrics`` holds the module's own validation metrics as {"float": ..., "calibrated": ...,
-    "trained": ...}.
+    "trained": ...}; ``width_report()`` prints how many bits every tensor of the network has.
 
     Args:
         scheme: "tqt" and the other names that ``lightning-lowbit schemes`` lists, or a Scheme instance with
@@ -42,3 +52,29 @@ class QuantCallback(Lifecycle):
         resume_order: bool | None = None,
     ) -> None:
         super().__init__(scheme, skip, include, init_from, calibrate_batches, start, compile, evaluate, resume_order)
+        self._module: weakref.ref[nn.Module] | None = None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._module = weakref.ref(pl_module)
+
+    def width_report(self) -> Widths:
+        """Print every tensor's total, integer and fraction bits, and what sums need, of the module of the last run.
+
+        Returns:
+            the same; its ``rows`` have the numbers.
+        Raises:
+            ConfigError: there is none, or none that is converted.
+        """
+        module = None if self._module is None else self._module()
+        if module is None or not is_converted(module):
+            raise ConfigError(
+                "QuantCallback.width_report(): no converted module yet, or it is gone. Call it behind "
+                "trainer.fit(model), or without a Trainer: print(lightning_lowbit.summarize(model).widths())."
+            )
+        widths = summarize(module, self._tally).widths()
+        rank_zero_only(widths.show)()
+        return widths
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_module": None}  # a weak reference does not pickle

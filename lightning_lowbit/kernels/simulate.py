@@ -8,6 +8,7 @@ Codes of int8 are at most 128 in magnitude, those of uint8 at most 255. Where th
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -22,6 +23,7 @@ from lightning_lowbit.numerics.guards import FLOAT32_EXACT, float_sums_exact
 __all__ = ["conv2d", "conv2d_input", "conv2d_weight", "float32_terms", "matmul", "rows_exact"]
 
 _INT8_MAX = CODE_MAX[torch.int8]
+_POSITIONS = 8192  # of the results of some images
 
 
 def float32_terms(dtype: torch.dtype) -> int:
@@ -93,24 +95,36 @@ def conv2d_weight(x: Tensor, err: Tensor, geo: Geometry) -> Tensor:
 
 
 def _conv2d_weight(x: Tensor, err: Tensor, geo: Geometry) -> Tensor:
+    """Some images at a time, so that their floats stay in the cache; few of them have sums that are too large."""
     if geo.weight_terms <= float32_terms(x.dtype):
         return _backward(err, x, None, geo, torch.float32)
-    per_image = err.permute(0, 2, 3, 1).flatten(1, 2).to(torch.float32).abs().sum(1, dtype=torch.float64)
-    return _weight_of_images(x, err, per_image, geo)
+    size = max(1, _POSITIONS // math.prod(geo.out))
+    total = torch.zeros(geo.weight_size, dtype=torch.float64, device=x.device)
+    for codes, errors in zip(torch.split(x, size), torch.split(err, size), strict=True):
+        _add_weight(total, codes.to(torch.float32), errors.to(torch.float32), geo._replace(batch=len(codes)))
+    return total.to(torch.int64)
 
 
-def _weight_of_images(x: Tensor, err: Tensor, per_image: Tensor, geo: Geometry) -> Tensor:
-    """The gradient over some images; per_image (N, O) is the sum of |err| over each."""
-    if float_sums_exact(per_image, CODE_MAX[x.dtype], out_axis=1):
-        return _backward(err, x, None, geo, torch.float32)
-    if geo.batch == 1:
-        return _backward(err, x, None, geo, torch.float64).to(torch.int64)
-    half = geo.batch // 2
-    low, high = geo._replace(batch=half), geo._replace(batch=geo.batch - half)
-    return _sum(
-        _weight_of_images(x[:half], err[:half], per_image[:half], low),
-        _weight_of_images(x[half:], err[half:], per_image[half:], high),
-    )
+def _add_weight(total: Tensor, codes: Tensor, errors: Tensor, geo: Geometry) -> None:
+    """Add the gradient over some images.
+
+    A sum of products over any positions is at most the root of both sums of squares (Cauchy and Schwarz).
+    """
+    squares = float(_squares(codes)) * float(_squares(errors))
+    if squares < FLOAT32_EXACT**2:
+        total += _backward(errors, codes, None, geo, torch.float32)
+    elif geo.batch == 1:
+        total += _backward(errors, codes, None, geo, torch.float64)
+    else:
+        half = geo.batch // 2
+        _add_weight(total, codes[:half], errors[:half], geo._replace(batch=half))
+        _add_weight(total, codes[half:], errors[half:], geo._replace(batch=geo.batch - half))
+
+
+def _squares(values: Tensor) -> Tensor:
+    """At least the largest sum of squares over a channel."""
+    sums = (values * values).flatten(2).sum(2).sum(0)
+    return sums.max() * (1 + values[:, 0].numel() * 2.0**-22)  # more than float32 sums may lose
 
 
 def _noted(acc: Tensor) -> Tensor:
@@ -142,13 +156,13 @@ def _backward(err: Tensor, x: Tensor | None, w: Tensor | None, geo: Geometry, dt
     if not geo.symmetric:
         padding, size = [0, 0], (geo.batch, geo.channels, *geo.padded)
         x = None if x is None else F.pad(x, (*geo.left_right, *geo.top_bottom))
-    # The operand left out only lends its shape.
-    shape = err.new_empty((), dtype=dtype)
+    # The operand left out lends its shape, and the order of its axes in memory to the result.
+    order = torch.channels_last if err.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
     with _no_transforms(err):
         grads = torch.ops.aten.convolution_backward(
             err.to(dtype),
-            shape.expand(size) if x is None else x.to(dtype),
-            shape.expand(geo.weight_size) if w is None else w.to(dtype),
+            torch.empty(size, dtype=dtype, device=err.device, memory_format=order) if x is None else x.to(dtype),
+            torch.empty(geo.weight_size, dtype=dtype, device=err.device) if w is None else w.to(dtype),
             None,
             list(geo.stride),
             padding,

@@ -7,9 +7,11 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_lowbit.modules.base import Mode, Site
+from lightning_lowbit.modules.norm import has_seen_data
 from lightning_lowbit.modules.quantizer import Quantizer, in_backward
 from lightning_lowbit.modules.stored import StoredWeight
 from lightning_lowbit.modules.widths import require_grid
@@ -111,7 +113,10 @@ def fixed_norm(norm: Any, x: Tensor) -> Tensor:
     biased variance. A batch with NaN or infinite values does not move them.
     """
     grids = norm.lowbit_accumulator
-    if not (isinstance(grids, NormGrids) and grids.on and norm.switch.mode is Mode.LOWBIT and norm.switch.quantizing):
+    if not isinstance(grids, NormGrids) or not (grids.on and norm.switch.quantizing):
+        fresh = norm.running_mean is not None and not has_seen_data(norm)
+        if norm.switch.mode is Mode.OBSERVE and fresh:  # evaluation would show tensors as they never are in training
+            return F.batch_norm(x, None, None, norm.weight, norm.bias, True, 0.0, norm.eps)
         return norm.op(x)  # type: ignore[no-any-return]
     norm._check_input_dim(x)
     by_batch = norm.training or norm.running_mean is None
@@ -129,7 +134,8 @@ def fixed_norm(norm: Any, x: Tensor) -> Tensor:
         shape = (1, -1, *[1] * (x.dim() - 2))
         xhat = (x.detach().to(torch.float64) - mean.reshape(shape)) / (deviation + 2.0**-15).reshape(shape)
         grids.reach = max(grids.reach or 0.0, float(xhat.abs().amax()))
-    if grids.check and y.dtype is torch.float32:
+    widths = (format.mean, format.deviation, format.xhat, format.gamma, format.beta)
+    if grids.check and y.dtype is torch.float32 and max(widths) < _OFF:
         require_grid(norm.path, y, format.fraction)
     return y
 

@@ -63,7 +63,8 @@ class ConvProducts:
 
     def for_weight(self, layer: Any, x: Tensor, err: Tensor) -> Tensor:
         settings = product_settings(layer)
-        acc: Tensor = self.products[2](self._batched(x), self._batched(err), layer.weight.shape, **settings)
+        err, size = self._batched(err), layer.weight.shape[1:]
+        acc: Tensor = self.products[2](self._batched(x), err, (err.shape[1], *size), **settings)
         return acc
 
     def _batched(self, x: Tensor) -> Tensor:

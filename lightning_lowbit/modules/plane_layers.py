@@ -93,14 +93,21 @@ class _Product(torch.autograd.Function):
                 ]
                 of_x = together(sums, err.exponent + ctx.exponents[1], ctx.dtype)
             if ctx.needs_input_grad[1]:
-                sums = [
-                    (products.for_weight(layer, p.codes, e.codes), p.shift + e.shift) for e in err.planes for p in a
-                ]
+                sums = [(acc, p.shift + shift) for p in a for acc, shift in _for_weight(layer, p.codes, err)]
                 of_weight = together(sums, err.exponent + ctx.exponents[0], ctx.dtype)
             if ctx.needs_input_grad[2]:
                 sums = [(channel_sums(e.codes, spatial(layer)), e.shift) for e in err.planes]
                 of_bias = together(sums, err.exponent, ctx.dtype)
         return of_x, of_weight, of_bias, None
+
+
+def _for_weight(layer: Any, codes: Tensor, err: Operand) -> list[tuple[Tensor, int]]:
+    """Products of one plane of codes with all planes of errors: at once where there are no groups, side by side."""
+    product, axis = PRODUCTS[type(layer)].for_weight, -1 - spatial(layer)
+    if layer.groups > 1 or len(err.planes) == 1:
+        return [(product(layer, codes, e.codes), e.shift) for e in err.planes]
+    acc = product(layer, codes, torch.cat([e.codes for e in err.planes], axis))
+    return [(part, e.shift) for part, e in zip(acc.chunk(len(err.planes)), err.planes, strict=True)]
 
 
 @contextmanager

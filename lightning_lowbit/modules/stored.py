@@ -30,9 +30,9 @@ class StoredWeight(Quantizer):
     without a parameter being touched: a batch norm behind it counts in units of 2^p.
 
         range    p
-        one      0, more where a weight does not fit (published)
+        one      0 (published): larger weights are clipped
         fit      the least that holds the largest weight: all codes are used
-        room     2 more than that, but not above "one"
+        room     2 more than that, but only where weights are small: not above 0
 
     Args:
         site: where it stands.
@@ -84,7 +84,7 @@ class StoredWeight(Quantizer):
         share = self.most / (self.most + 1)
         fit = int(ceil_log2(torch.tensor(largest / share, dtype=torch.float64))) if largest > 0 else 0
         fit = max(-_MOST_POWER, min(_MOST_POWER, fit))
-        power = {"one": max(0, fit), "fit": fit, "room": min(fit + _ROOM, max(0, fit))}[self.range]
+        power = {"one": 0, "fit": fit, "room": min(fit + _ROOM, max(0, fit))}[self.range]
         for member in members:
             member.scale.fill_(power)
             member.power = power

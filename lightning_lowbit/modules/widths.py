@@ -119,7 +119,7 @@ class WidthQuantizer(ObservedQuantizer):
 
     # -- forward ------------------------------------------------------------------------------------------
     def quantize(self, x: Tensor, rectify: bool = False) -> Tensor:
-        if self.training and torch.is_grad_enabled() and not in_backward():
+        if self.training and not in_backward():
             self.rule.observe(self.leader.width, x)
         f = self.format
         if rectify and self.signed:  # tied to a tensor with negative values
@@ -185,7 +185,9 @@ class _Rectified(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         (positive,) = ctx.saved_tensors
-        return ctx.errors(g) * positive, None, None
+        e = ctx.errors(g)
+        # In place: a product of floats and booleans in new memory is not vectorized.
+        return (e.clone() if e is g else e).mul_(positive), None, None
 
 
 def require_grid(name: str, x: Tensor, fraction: int, limits: tuple[int, int] | None = None) -> None:

@@ -14,7 +14,6 @@ a / b for integers a 2^f and b is nearer to no tie than 1/(2b), so its rounding 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, NamedTuple
@@ -31,6 +30,7 @@ from lightning_lowbit.numerics.ste import eager_cpu
 
 __all__ = ["NormConstants", "NormFormat", "batch_norm", "norm_constants", "normalize", "running_update"]
 
+_GROUP, _MANY = 64, 256  # numbers looked at together, and how many such groups are worth a look
 _CANCELS = 8  # times as large as the sum of squares around it: the mean's part of the sum around 0 costs 3 bits
 _Reduce = Callable[[Tensor], Tensor]
 
@@ -118,10 +118,12 @@ def _batch_statistics(
     total, count = (reduce(first) if reduce is not None else first).unbind()
     count = count.clamp(min=1.0)
     mean = total / count
-    # Around mu_q, not 0: x - mu_q is exact, and nothing cancels where the mean is large.
+    # Squares around mu_q: x - mu_q is exact, and nothing cancels where the mean is large. Those around 0 come with the
+    # first reading of x, and are moved where that loses nothing: as integers in units of the mean's grid, squared.
     mean_q = on_grid(mean, format.mean, exponent)
-    moved = squares - mean_q * (2 * total - count * mean_q)  # of squares around 0, as exact as they are
-    if once and not bool((count * mean_q.square() > _CANCELS * moved).any()):
+    moved = squares - mean_q * (2 * total - count * mean_q)
+    exact = squares * 4.0 ** (format.mean - 1 - exponent) < 2.0**53
+    if once and bool((exact & (count * mean_q.square() <= _CANCELS * moved)).all()):
         squares = moved
     else:
         squares, _ = _sums(x, mean_q)
@@ -163,21 +165,24 @@ class _Norm(torch.autograd.Function):
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (gamma, beta))
         ctx.save_for_backward(x, gamma_q, *statistics)
         y = torch.empty_like(x, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-        exact = y.dtype == torch.float64 or _fits_float32(statistics, gamma_q, beta_q, format)
         blocks, unit = blocks_of(x), format.xhat_unit
         pieces = blocks.of(x)
         channels = (blocks.wide(c) for c in (mean_q, s * unit, gamma_q * unit, beta_q))
         for piece, out, (v, spare), center, divisor, factor, shift in zip(
             pieces, blocks.of(y), scratch(pieces, 2), *channels, strict=True
         ):
-            blocks.affine(_xhat_codes(v.copy_(piece).sub_(center), divisor, format), factor, shift)
-            out.copy_(v if exact else _to_odd(v, spare))
+            blocks.affine(_xhat_codes(v.copy_(piece).sub_(center), divisor, format), factor, shift, v)
+            if y.dtype == torch.float64:
+                out.copy_(v)
+            else:
+                _put_odd(out, v, spare, format)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, _, mean_q, s, *_, values = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: a checkpointed block unpacks them once
+        x, _, mean_q, s, *_, values = saved
         need_x, need_gamma, need_beta = ctx.needs_input_grad[:3]
         need_sums = need_x and values is not None
         if grad.stride() != x.stride():
@@ -201,7 +206,7 @@ class _Norm(torch.autograd.Function):
         g_sum, gd_sum, gx_sum = (blocks.fold(t) for t in totals)
         gamma_dtype, beta_dtype = ctx.dtypes
         return (
-            _input_gradient(ctx, grad, torch.stack([g_sum, gd_sum])) if need_x else None,
+            _input_gradient(saved, ctx.reduce, grad, torch.stack([g_sum, gd_sum])) if need_x else None,
             (gx_sum * unit).to(gamma_dtype) if need_gamma else None,
             g_sum.to(beta_dtype) if need_beta else None,
             None,
@@ -210,27 +215,28 @@ class _Norm(torch.autograd.Function):
         )
 
 
-def _input_gradient(ctx: Any, grad: Tensor, sums: Tensor) -> Tensor:
+def _input_gradient(saved: Any, reduce: _Reduce | None, grad: Tensor, sums: Tensor) -> Tensor:
     """dx = gamma / s (g - mean(g)) - (x - mean) / deviation * gamma / s^2 * mean(g (x - mu_q)).
 
     The last factor comes of the deviation: d(deviation)/dx = (x - mean) / (n deviation), 0 where the deviation is.
     """
-    x, gamma_q, _, s, mean, deviation, values = ctx.saved_tensors
+    x, gamma_q, _, s, mean, deviation, values = saved
     blocks = blocks_of(x)
     slope = gamma_q / s
     dx = torch.empty_like(x)
-    outs, grads, slopes = blocks.of(dx), blocks.of(grad), blocks.wide(slope)
+    outs, grads = blocks.of(dx), blocks.of(grad)
     if values is None:
-        for out, g_i, (g,), factor in zip(outs, grads, scratch(grads, 1), slopes, strict=True):
+        for out, g_i, (g,), factor in zip(outs, grads, scratch(grads, 1), blocks.wide(slope), strict=True):
             out.copy_(g.copy_(g_i).mul_(factor))
         return dx
-    g_mean, gd_mean = ((ctx.reduce(sums) if ctx.reduce is not None else sums) / values).unbind()
+    g_mean, gd_mean = ((reduce(sums) if reduce is not None else sums) / values).unbind()
     pull = torch.where(deviation > 0, slope / s * gd_mean / deviation, 0.0)
-    pulls, shifts = blocks.wide(-pull), blocks.wide(pull * mean - slope * g_mean)
+    numbers = (blocks.wide(c) for c in (slope, -pull, pull * mean - slope * g_mean))
     for piece, out, g_i, (v, g), factor, weight, shift in zip(
-        blocks.of(x), outs, grads, scratch(grads, 2), slopes, pulls, shifts, strict=True
+        blocks.of(x), outs, grads, scratch(grads, 2), *numbers, strict=True
     ):
-        out.copy_(blocks.affine(g.copy_(g_i), factor, blocks.affine(v.copy_(piece), weight, shift)))
+        blocks.affine(v.copy_(piece), weight, shift, v)
+        out.copy_(blocks.affine(g.copy_(g_i), factor, v, g))
     return dx
 
 
@@ -243,17 +249,27 @@ def _xhat_codes(d: Tensor, divisor: Tensor, format: NormFormat) -> Tensor:
     return d if limit is None else d.clamp_(-limit / format.xhat_unit, limit / format.xhat_unit)
 
 
-def _fits_float32(statistics: Statistics, gamma: Tensor, beta: Tensor, format: NormFormat) -> bool:
-    """Whether the numbers of the channels alone tell that float32 holds every y; never asked of another device."""
-    if gamma.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    largest = torch.full_like(gamma, math.inf)
-    if statistics.values is not None:  # no value is farther from mu_q than the root of the sum of squares
-        spread = statistics.deviation.square() + (statistics.mean - statistics.mean_q).square()
-        largest = (spread * statistics.values).sqrt() / statistics.s + format.xhat_unit
-    if format.xhat_limit is not None:
-        largest = largest.clamp(max=format.xhat_limit)
-    return bool((gamma.abs() * largest + beta.abs() < 2.0 ** (24 - format.fraction)).all())
+def _put_odd(out: Tensor, v: Tensor, spare: Tensor, format: NormFormat) -> None:
+    """out = v, float64 rounded to odd; v and spare are lost.
+
+    float32 holds v up to 2^(24 - fraction). Rounding to odd costs as much as the division, so it is done where 64
+    numbers have a larger one among them, as long as that is rare.
+    """
+    few = 0
+    if max(format.gamma, format.xhat, format.beta) < OFF and eager_cpu(out) and out.numel() % _GROUP == 0:
+        few = out.numel() // _GROUP
+    if few < _MANY:
+        out.copy_(_to_odd(v, spare))
+        return
+    groups, values = out.copy_(v).view(_GROUP, few), v.view(_GROUP, few)
+    magnitudes = torch.abs(groups, out=spare.view(-1).view(torch.float32)[: out.numel()].view(_GROUP, few))
+    held = magnitudes.amax(0) <= 2.0 ** (24 - format.fraction)  # not of NaN
+    beyond = held.logical_not_().nonzero().view(-1)
+    if 4 * len(beyond) > few:
+        out.copy_(_to_odd(v, spare))
+    elif len(beyond):
+        picked = values.index_select(1, beyond)
+        groups.index_copy_(1, beyond, _to_odd(picked, torch.empty_like(picked)).to(out.dtype))
 
 
 def _to_odd(v: Tensor, spare: Tensor) -> Tensor:

@@ -21,9 +21,9 @@ from torch import Tensor
 
 __all__ = ["Blocks", "Columns", "Rows", "blocks_of", "dense", "scratch"]
 
-_SLICE = 1 << 15  # elements per thread: three buffers of float64 share the L2 cache, calls stay few
+_SLICE = 1 << 17  # elements per thread: buffers stay in the cache, calls few
 _SHORT = 32  # places: fewer are too short for an inner loop
-_WIDE = 512  # numbers in a row of columns: the same
+_WIDE, _LARGE = 512, 1 << 14  # numbers in a row of columns: the same, where there are many to loop over
 
 
 class Rows:
@@ -67,9 +67,9 @@ class Rows:
         """Sums per channel, [C]."""
         return totals.sum(0)
 
-    def affine(self, v: Tensor, factor: Tensor, shift: Tensor) -> Tensor:
-        """v = factor * v + shift, in place, both roundings made."""
-        return v.mul_(factor).add_(shift)
+    def affine(self, v: Tensor, factor: Tensor, shift: Tensor, out: Tensor) -> Tensor:
+        """factor * v + shift, both roundings made; ``out`` may be v, and not the shift."""
+        return torch.mul(v, factor, out=out).add_(shift)
 
     def _cut(self, t: Tensor) -> list[Tensor]:
         blocks = [t]
@@ -88,7 +88,7 @@ class Columns:
         self.run = 1 if self.last else math.prod(x.shape[2:])  # numbers of one channel side by side
         period = max(self.channels * self.run, 1)
         count = x.numel() // period
-        self.repeats = max(1, min(count, _WIDE // period))
+        self.repeats = max(1, min(count, _WIDE // period)) if x.numel() >= _LARGE else 1
         self.width = self.repeats * period
         self.height, rest = count // self.repeats, count % self.repeats * period
         self.share, self.rest = max(1, size // self.width), rest
@@ -96,14 +96,17 @@ class Columns:
 
     def of(self, t: Tensor) -> list[Tensor]:
         """Blocks of a tensor with x's shape and strides."""
-        flat = (t.movedim(1, -1) if self.last else t).view(-1)
+        t = t.movedim(1, -1) if self.last else t
+        if not self.rest:
+            return _split(t.view(self.height, self.width), self.share) if self.height else []
+        flat = t.view(-1)
         most = self.height * self.width
-        blocks = torch.split(flat[:most].view(self.height, self.width), self.share) if most else ()
-        return [*blocks, flat[most:].view(1, -1)] if self.rest else list(blocks)
+        return [*_split(flat[:most].view(self.height, self.width), self.share), flat[most:].view(1, -1)]
 
     def wide(self, channel: Tensor) -> list[Tensor]:
         """[C] beside each block."""
-        line = channel.repeat_interleave(self.run).repeat(self.repeats)
+        line = channel if self.run == 1 else channel.repeat_interleave(self.run)
+        line = line if self.repeats == 1 else line.repeat(self.repeats)
         blocks = [line] * -(-self.height // self.share)
         return [*blocks, line[: self.rest]] if self.rest else blocks
 
@@ -121,9 +124,9 @@ class Columns:
         """Sums per channel, [C]."""
         return totals.view(self.repeats, self.channels, self.run).sum((0, 2))
 
-    def affine(self, v: Tensor, factor: Tensor, shift: Tensor) -> Tensor:
-        """v = factor * v + shift, in place, both roundings made."""
-        return torch.addcmul(shift, v, factor, out=v)  # slow where a number stands for a row: not for Rows
+    def affine(self, v: Tensor, factor: Tensor, shift: Tensor, out: Tensor) -> Tensor:
+        """factor * v + shift, both roundings made; ``out`` may be v, and not the shift."""
+        return torch.addcmul(shift, v, factor, out=out)  # slow where one number is for a row: not for Rows
 
 
 Blocks = Rows | Columns
@@ -142,10 +145,16 @@ def dense(x: Tensor) -> Tensor:
     return x if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
 
 
+def _split(t: Tensor, share: int) -> list[Tensor]:
+    return list(torch.split(t, share)) if len(t) > share else [t]
+
+
 def scratch(blocks: Sequence[Tensor], count: int) -> list[tuple[Tensor, ...]]:
     """float64 memory in the shape of each block, ``count`` times; the blocks share it."""
-    most = max((block.numel() for block in blocks), default=0)
-    memory = [torch.empty(most, dtype=torch.float64, device=block.device) for block in blocks[:1] for _ in range(count)]
+    if not blocks:
+        return []
+    # One allocation: several are handed back to the system and faulted in anew, page by page, at every call.
+    memory = torch.empty(count, blocks[0].numel(), dtype=torch.float64, device=blocks[0].device).unbind()
     views = {
         shape: tuple(m[: math.prod(shape)].view(shape) for m in memory) for shape in {block.shape for block in blocks}
     }

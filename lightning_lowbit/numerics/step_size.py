@@ -46,7 +46,7 @@ def suggest_lr(
     return _rate(deviations * weight_std * (1 - momentum) / steps, dr, grad_bits, lr_bits)
 
 
-def finetune_lr(weight_std: float, dr: int = 128, share: float = 1e-3, grad_bits: int = 15, lr_bits: int = 10) -> float:
+def finetune_lr(weight_std: float, dr: int = 128, share: float = 3e-3, grad_bits: int = 15, lr_bits: int = 10) -> float:
     """A learning rate for fine-tuning: lr dr 2^-(grad_bits-1) = share std, whatever the number of steps.
 
     Args:
@@ -56,7 +56,7 @@ def finetune_lr(weight_std: float, dr: int = 128, share: float = 1e-3, grad_bits
         As of :func:`suggest_lr`.
 
     >>> finetune_lr(0.0625)
-    0.008
+    0.024
     """
     return _rate(share * weight_std, dr, grad_bits, lr_bits)
 

@@ -107,8 +107,8 @@ class Hysteresis:
         x = x if x.dtype == torch.float64 else x.to(torch.float32)
         # round_half_even(v) > 2^m - 1 exactly where v >= 2^m - 1/2: nothing has to be rounded.
         full = ((pow2(magnitude, torch.float64) - 0.5) * pow2(-f, torch.float64)).to(x.dtype)
-        low, high = torch.aminmax(x)
-        reach = torch.maximum(-low, high) if self.signed else high.clamp(min=0)
+        # Two reductions, or one: the joint one is not vectorized.
+        reach = torch.maximum(-x.amin(), x.amax()) if self.signed else x.amax().clamp(min=0)
         now.entries.add_(x.numel())
         # inf, not NaN: ranks agree on the maximum of numbers only.
         now.reach.copy_(torch.maximum(now.reach, reach.to(torch.float32).nan_to_num(nan=math.inf, posinf=math.inf)))

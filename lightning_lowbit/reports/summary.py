@@ -1,4 +1,4 @@
-"""``summarize``: every tensor's grid and saturation, whether float sums are exact, and what follows."""
+"""``summarize``: every tensor's grid and saturation, what its sums need, whether float ones are exact, what follows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_lowbit.graph.fold import per_channel
+from lightning_lowbit.errors import ConfigError
+from lightning_lowbit.graph.fold import per_output
 from lightning_lowbit.graph.network import follow
 from lightning_lowbit.graph.ops import Kind
 from lightning_lowbit.graph.rewrite import TracedForward
@@ -17,26 +18,26 @@ from lightning_lowbit.modules.base import LowBitModule, Tally, low_bit_modules, 
 from lightning_lowbit.modules.elementwise import LowBitAdd, LowBitCat, LowBitOp
 from lightning_lowbit.modules.layers import LowBitLayer
 from lightning_lowbit.modules.quantizer import Quantizer
-from lightning_lowbit.numerics.exponent import pow2
-from lightning_lowbit.numerics.grid import Grid
-from lightning_lowbit.numerics.guards import float_sums_exact
+from lightning_lowbit.numerics.widths import ACCUMULATOR_BITS, Format, accumulator_bits, bits_of_sum
 from lightning_lowbit.reports.table import Line, show, text
+from lightning_lowbit.reports.widths import Row, Widths
 
-__all__ = ["Row", "Summary", "claims", "print_report", "summarize", "sums_exact"]
+__all__ = ["Row", "Summary", "Sums", "claims", "print_report", "summarize", "sums_of"]
 
-_FLOAT_BITS = 25  # signed codes of so many bits are float32 numbers
+_FLOAT_BITS = 25  # signed codes of so many bits are float32 numbers, and so are all sums on the way to them
 
 
 @dataclass(frozen=True)
-class Row:
-    """One tensor: ``grid`` None while it is float; ``exact`` None where there is no sum."""
+class Sums:
+    """A layer's sums of products: None while a grid is open.
 
-    site: str
-    role: str
-    pattern: str
-    grid: Grid | None
-    saturation: float | None = None
+    Attributes:
+        exact: whether float32 sums are proved to be the integer sums.
+        bits: the width that holds them, sign included.
+    """
+
     exact: bool | None = None
+    bits: int | None = None
 
 
 @dataclass
@@ -61,9 +62,13 @@ class Summary:
     def __getitem__(self, site: str) -> Row:
         """The first row of a module, or the one called ``site.role``; KeyError names what there is."""
         for row in self.rows:
-            if site in (row.site, f"{row.site}.{row.role}"):
+            if site in (row.site, row.name):
                 return row
-        raise KeyError(f"{site!r}; rows: {', '.join(f'{row.site}.{row.role}' for row in self.rows)}")
+        raise KeyError(f"{site!r}; rows: {', '.join(row.name for row in self.rows)}")
+
+    def widths(self) -> Widths:
+        """How many bits every tensor has and every sum needs: a table to print."""
+        return Widths(self.rows)
 
 
 def summarize(module: nn.Module, tally: Tally | None = None) -> Summary:
@@ -82,7 +87,11 @@ def summarize(module: nn.Module, tally: Tally | None = None) -> Summary:
     order = _execution_order(module)
     low = sorted(low_bit_modules(module), key=lambda item: order.get(item[0], len(order)))
     report = Summary(ties=conversion.ties)
-    for path, owner in sorted(_owners(module), key=lambda item: order.get(item[0], len(order))):
+    places = [
+        (order.get(owner.site.path if isinstance(owner, Quantizer) else path, len(order)), path, owner)
+        for path, owner in _owners(module)
+    ]
+    for _, path, owner in sorted(places, key=lambda place: place[0]):
         report.rows.extend(_rows(path, owner, tally))
     report.lines = _lines(low, report.rows)
     total = len(conversion.layers) + len(conversion.skipped)
@@ -100,6 +109,9 @@ def summarize(module: nn.Module, tally: Tally | None = None) -> Summary:
     report.notes += [f"not followed: {note}" for note in conversion.uncovered]
     report.notes += conversion.notes
     report.notes += [f"trains badly: {finding}" for finding in conversion.findings]
+    wide = [f"{row.site} ({row.accumulator_bits})" for row in report.rows if row.too_wide]
+    if wide:
+        report.notes.append(f"sums that need more than {ACCUMULATOR_BITS} bits: {', '.join(wide)}")
     report.notes += claims(module, report)
     return report
 
@@ -130,7 +142,10 @@ def claims(module: nn.Module, report: Summary) -> list[str]:
     kept = sum(isinstance(part, _BatchNorm) and not isinstance(part, LowBitModule) for part in module.modules())
     if kept:
         reasons.append(f"{kept} float batch norms")
-    rectifiers = sum(isinstance(q, Quantizer) and not q.has_grid and q.site.role != "unit" for q in module.modules())
+    rectifiers = sum(
+        isinstance(q, Quantizer) and not (q.has_grid or q.site.role in ("unit", "error") or hasattr(q, "formats"))
+        for q in module.modules()
+    )
     if rectifiers:
         reasons.append(f"{rectifiers} float activations")
     exact = "yes, up to the float result of the last layer" if not reasons else f"no: {'; '.join(reasons)}"
@@ -150,28 +165,47 @@ def _identical(module: nn.Module) -> str:
     return "yes" + (f", with {norms} batch norms as islands between integers" if norms else "")
 
 
-def sums_exact(layer: LowBitLayer) -> bool | None:
-    """Whether the layer's float32 sums are proved exact for its actual weights; None while a grid is open."""
-    source, weight, unit = layer.input_grid, layer.lowbit_weight, layer.accumulator_exponent()
-    if layer.scheme.carries_errors:
-        return True  # integer kernels, whatever dtype they add in
+def sums_of(layer: LowBitLayer) -> Sums:
+    """What is known of a layer's sums in evaluation, by its actual weights and all that its input's grid allows."""
+    source, weight = layer.input_grid, layer.lowbit_weight
+    exact = True if layer.scheme.proves_sums(layer) else None
     if source is None or weight is None or not (source.ready and weight.ready):
-        return None
-    if unit is None:
-        return False  # a step that is no power of two: products are rounded
-    grid = source.grid()
+        return Sums(exact)
     folded, bias = layer.in_evaluation()
-    codes = weight.quantize(folded.detach()).double() / pow2(weight.exponent(), torch.float64)
-    bias_codes = None
-    if bias is not None:
-        if layer.lowbit_bias is None:
-            return False  # a float bias is no multiple of the products' unit
-        unit = unit if unit.numel() == 1 else per_channel(unit, layer.out_axis, layer.groups)
-        bias_codes = layer.lowbit_bias.quantize(bias.detach()).double() / pow2(unit, torch.float64)
-        if bool((bias_codes != bias_codes.round()).any()):
-            return False
-    x_max = float(max(grid.zero_point - grid.qmin, grid.qmax - grid.zero_point))
-    return float_sums_exact(codes, x_max, bias_codes, layer.out_axis, layer.groups)
+    values = _evaluated(weight, folded)  # first: some grids are that of the weight that was quantized last
+    grid, grid_w = source.grid(), weight.grid()
+    codes = values / _per_output(grid_w.steps, values, layer)
+    terms = codes * max(grid.zero_point - grid.qmin, grid.qmax - grid.zero_point)
+    if grid.axis is not None:  # channels on steps of their own add up on the finest
+        steps = values.new_tensor(grid.steps)
+        terms = terms * per_output(steps / steps.min(), terms, 1 - layer.out_axis, layer.groups)
+    biases, whole = None, bias is None
+    if bias is not None and layer.lowbit_bias is not None:  # a float one is added behind, and is no multiple of theirs
+        biases = _evaluated(layer.lowbit_bias, bias) / (min(grid.steps) * values.new_tensor(grid_w.steps))
+        whole, biases = bool((biases == biases.round()).all()), biases.round()
+    if layer.out_axis == 1:  # a transposed convolution: one group after the other holds its own outputs
+        terms = terms.reshape(layer.groups, -1, *terms.shape[1:]).transpose(1, 2).flatten(0, 1)
+    try:
+        bits = bits_of_sum(terms, 1, biases)
+    except ConfigError:  # no finite weights: the worst that there can be
+        return Sums(exact or False, accumulator_bits(grid.bits, grid_w.bits, terms[0].numel()))
+    powers = source.has_exponent and weight.has_exponent  # products of other steps are rounded
+    return Sums(exact or (powers and whole and bits <= _FLOAT_BITS), bits)
+
+
+def _evaluated(quantizer: Quantizer, x: torch.Tensor) -> torch.Tensor:
+    """Values on their grid in float64, as evaluation has them, whatever mode the quantizer is in."""
+    training = quantizer.training
+    quantizer.training = False  # in training signs come with a scale, and some biases are float
+    try:
+        return quantizer.quantize(x.detach()).double()
+    finally:
+        quantizer.training = training
+
+
+def _per_output(steps: Sequence[float], weight: torch.Tensor, layer: LowBitLayer) -> torch.Tensor:
+    values = weight.new_tensor(steps)
+    return values if len(steps) == 1 else per_output(values, weight, layer.out_axis, layer.groups)
 
 
 def print_report(
@@ -205,26 +239,37 @@ def _owners(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _rows(path: str, owner: nn.Module, tally: Tally | None) -> Iterator[Row]:
+    sums = sums_of(owner) if isinstance(owner, LowBitLayer) else None  # first: it renews the weight's grid
     for child in owner.children():
-        if isinstance(child, Quantizer) and child.has_grid:
-            site = child.site
-            pattern = owner.pattern if isinstance(owner, LowBitModule) else site.pattern
-            share = None if tally is None else tally.share(site.key)
-            yield Row(
-                site.path,
-                site.slot.removeprefix("lowbit_") or site.role,
-                pattern,
-                child.grid() if child.ready else None,
-                share,
-            )
-    if isinstance(owner, LowBitLayer):
-        yield Row(path, "sum", owner.pattern, owner.result_grid(), None, sums_exact(owner))
+        if not isinstance(child, Quantizer):
+            continue
+        site = child.site
+        pattern = owner.pattern if isinstance(owner, LowBitModule) else site.pattern
+        if child.has_grid:
+            role = site.slot.removeprefix("lowbit_") or site.role
+            yield Row(site.path, role, pattern, child.grid() if child.ready else None, _share(tally, site.key))
+        for symbol, form in _formats(child).items():
+            grid = None if form is None else form.grid()
+            yield Row(site.path, symbol, pattern, grid, _share(tally, f"{site.path}.{symbol}"))
+    if isinstance(owner, LowBitLayer) and sums is not None:
+        yield Row(path, "sum", owner.pattern, owner.result_grid(), None, sums.exact, sums.bits)
     elif isinstance(owner, LowBitAdd):
         grid = owner.result_grid()
-        exact = None if grid is None else grid.bits <= _FLOAT_BITS  # steps far apart leave float32 too few
-        yield Row(path, "sum", owner.pattern, grid, None, exact)
+        bits = None if grid is None else grid.bits
+        exact = None if bits is None else bits <= _FLOAT_BITS  # steps far apart leave float32 too few
+        yield Row(path, "sum", owner.pattern, grid, None, exact, bits)
     elif isinstance(owner, LowBitCat):
         yield Row(path, "concat", owner.pattern, owner.result_grid())
+
+
+def _share(tally: Tally | None, key: str) -> float | None:
+    return None if tally is None else tally.share(key)
+
+
+def _formats(quantizer: Quantizer) -> Mapping[str, Format | None]:
+    """Of one that stands for several tensors, such as those inside a batch norm: their formats by symbol."""
+    found: Mapping[str, Format | None] = getattr(quantizer, "formats", dict)()
+    return found
 
 
 # -- lines: one a layer or operation -------------------------------------------------------------------------

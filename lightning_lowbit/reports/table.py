@@ -7,15 +7,49 @@ import shutil
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-__all__ = ["STAGES", "Line", "cells", "metric_lines", "show", "text"]
+__all__ = ["STAGES", "Columns", "Line", "Printable", "cells", "metric_lines", "show", "text"]
 
 STAGES = ("float", "calibrated", "trained")
 """Whose metrics are compared: before quantization, right after calibration, after the last validation."""
 
-_HEADER = ("site", "pattern", "grid", "saturation", "exact")
-_SHORTEST = {0: 14, 1: 8}  # what the first two columns may shrink to; a grid is never cut
 _GAP = 2
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What a table's columns are, and which give way where it is too wide.
+
+    Attributes:
+        names: of all columns.
+        kept: how many of the first ones stay; of the others, those without any entry are left out.
+        shortest: what columns may shrink to, in the order in which they do: the first at its beginning (the end tells
+            modules apart), others at their end.
+        right: names of the columns whose entries end in line.
+        mark: what the last entry of a line ends with that is to be seen.
+    """
+
+    names: tuple[str, ...]
+    kept: int
+    shortest: Mapping[int, int]
+    right: frozenset[str]
+    mark: str
+
+
+_LAYERS = Columns(
+    ("site", "pattern", "grid", "saturation", "exact"),
+    kept=3,
+    shortest={1: 8, 0: 14},  # a grid is never cut
+    right=frozenset({"saturation"}),
+    mark="no",
+)
+
+
+class Printable(Protocol):
+    """What a table has a line for."""
+
+    def cells(self) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -39,32 +73,27 @@ class Line:
         )
 
 
-def cells(lines: Iterable[Line], width: int | None = None) -> list[tuple[str, ...]]:
-    """Header and rows as text, at most ``width`` columns wide where shortening can do it.
-
-    Patterns give way first (at their end), then sites (at their beginning: the end tells layers apart). A
-    column without any entry is left out.
-    """
-    rows = [_HEADER, *(line.cells() for line in lines)]
-    kept = [i for i in range(len(_HEADER)) if i < 3 or any(row[i] for row in rows[1:])]
+def cells(lines: Iterable[Printable], width: int | None = None, columns: Columns = _LAYERS) -> list[tuple[str, ...]]:
+    """Header and rows as text, at most ``width`` columns wide where shortening can do it."""
+    rows = [columns.names, *(line.cells() for line in lines)]
+    kept = [i for i in range(len(columns.names)) if i < columns.kept or any(row[i] for row in rows[1:])]
     rows = [tuple(row[i] for i in kept) for row in rows]
-    for column in (1, 0):
+    for column, shortest in columns.shortest.items():
         excess = sum(_widths(rows)) + _GAP * (len(kept) - 1) - (_columns() if width is None else width)
         if excess > 0:
-            limit = max(_SHORTEST[column], _widths(rows)[column] - excess)
+            limit = max(shortest, _widths(rows)[column] - excess)
             rows = [
                 tuple(_short(c, limit, column == 0) if i == column else c for i, c in enumerate(row)) for row in rows
             ]
     return rows
 
 
-def text(lines: Iterable[Line], notes: Iterable[str], width: int | None = None) -> str:
+def text(lines: Iterable[Printable], notes: Iterable[str], width: int | None = None, columns: Columns = _LAYERS) -> str:
     """Table and notes as plain text."""
-    rows = cells(lines, width)
-    widths = _widths(rows)
-    table = [(" " * _GAP).join(map(_padded, row, widths, range(len(row)))).rstrip() for row in rows]
-    rule = (" " * _GAP).join("-" * w for w in widths)
-    return "\n".join([table[0], rule, *table[1:], "", *_wrapped(notes, width)])
+    rows = _aligned(cells(lines, width, columns), columns)
+    rule = (" " * _GAP).join("-" * w for w in _widths(rows))
+    head, *table = [(" " * _GAP).join(row).rstrip() for row in rows]
+    return "\n".join([head, rule, *table, "", *_wrapped(notes, width)])
 
 
 def metric_lines(metrics: Mapping[str, Mapping[str, float]]) -> list[str]:
@@ -86,23 +115,27 @@ def metric_lines(metrics: Mapping[str, Mapping[str, float]]) -> list[str]:
     return ["  ".join([f"{stage:10}", *(column[i] for column in columns)]).rstrip() for i, stage in enumerate(stages)]
 
 
-def show(lines: Sequence[Line], notes: Sequence[str], metrics: Mapping[str, Mapping[str, float]]) -> None:
+def show(
+    lines: Sequence[Printable],
+    notes: Sequence[str],
+    metrics: Mapping[str, Mapping[str, float]],
+    columns: Columns = _LAYERS,
+) -> None:
     """Print table, notes and metrics; with color where rich is installed."""
     try:
         from rich import box
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        print("", text(lines, notes), "", *metric_lines(metrics), sep="\n")
+        print("", text(lines, notes, columns=columns), "", *metric_lines(metrics), sep="\n")
         return
     console = Console()
-    rows = cells(lines, console.width)
+    rows = _aligned(cells(lines, console.width, columns), columns)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, _GAP - 1, 0, 0))
     for name in rows[0]:
         table.add_column(name, no_wrap=True, overflow="ignore")
-    widths = _widths(rows)
     for row in rows[1:]:
-        table.add_row(*map(_padded, row, widths, range(len(row))), style="yellow" if row[-1] == "no" else None)
+        table.add_row(*row, style="yellow" if row[-1].rstrip().endswith(columns.mark) else None)
     console.print()
     console.print(table)
     for line in ("", *_wrapped(notes, console.width), "", *metric_lines(metrics)):
@@ -117,8 +150,13 @@ def _widths(rows: Sequence[tuple[str, ...]]) -> list[int]:
     return [max(map(len, column)) for column in zip(*rows, strict=True)]
 
 
-def _padded(cell: str, width: int, column: int) -> str:
-    return cell.rjust(width) if column == _HEADER.index("saturation") and cell.endswith("%") else cell.ljust(width)
+def _aligned(rows: Sequence[tuple[str, ...]], columns: Columns) -> list[tuple[str, ...]]:
+    widths, right = _widths(rows), [name in columns.right for name in rows[0]]
+    return [tuple(map(_padded, row, widths, right)) for row in rows]
+
+
+def _padded(cell: str, width: int, right: bool) -> str:
+    return cell.rjust(width) if right else cell.ljust(width)
 
 
 def _short(cell: str, limit: int, keep_end: bool) -> str:

@@ -21,7 +21,7 @@ from lightning_lowbit.modules.layers import LowBitLayer
 from lightning_lowbit.modules.moments import check_moment
 from lightning_lowbit.modules.quantizer import Quantizer
 from lightning_lowbit.numerics.fraclen_choice import METRICS, SELECTORS
-from lightning_lowbit.schemes.options import check_bits, check_choice
+from lightning_lowbit.schemes.options import check_bits, check_choice, check_flags
 
 if TYPE_CHECKING:
     from lightning_lowbit.graph.network import Flow
@@ -112,9 +112,7 @@ class F8Net(Scheme):
             check_choice(type(self), option, getattr(self, option))
         for option in ("warmup", "freeze_fraclen", "freeze_batch_norm"):
             check_moment(f"F8Net: {option}", getattr(self, option))
-        for option in ("clip", "pixels", "floating", "per_channel", "own_average"):
-            if not isinstance(getattr(self, option), bool):
-                raise ConfigError(f"F8Net({option}={getattr(self, option)!r}): expected True or False.")
+        check_flags(self, "clip", "pixels", "floating", "per_channel", "own_average")
         if not _is_number(self.momentum) or not 0 < self.momentum <= 1:
             raise ConfigError(f"F8Net(momentum={self.momentum!r}): expected a number in (0, 1].")
         if self.alpha_lr is not None and not (_is_number(self.alpha_lr) and 0 <= self.alpha_lr < float("inf")):

@@ -21,7 +21,14 @@ from lightning_lowbit.modules.moments import check_moment
 from lightning_lowbit.modules.quantizer import Quantizer
 from lightning_lowbit.numerics.rounding import Rounding
 from lightning_lowbit.schemes.jacinto_presets import DEFAULTS, settings_of
-from lightning_lowbit.schemes.options import check_bits, check_choice, each_override, require_matches
+from lightning_lowbit.schemes.options import (
+    check_bits,
+    check_choice,
+    check_flags,
+    check_number,
+    each_override,
+    require_matches,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -133,21 +140,19 @@ class Jacinto(Scheme):
             "per_channel", "range_sync", "ste_weights", "bn_value", "bias", "act_round", "dead_channels", "avgpool",
         ):  # fmt: skip
             check_choice(type(self), option, getattr(self, option))
-        for option in (
-            "power2", "symmetric", "batch_ranges", "constrain_weights", "snap_weights_at_start", "quantize_in",
+        check_flags(
+            self, "power2", "symmetric", "batch_ranges", "constrain_weights", "snap_weights_at_start", "quantize_in",
             "quantize_out",
-        ):  # fmt: skip
-            if not isinstance(getattr(self, option), bool):
-                raise ConfigError(f"Jacinto({option}={getattr(self, option)!r}): expected True or False.")
+        )  # fmt: skip
         for option in ("warmup", "freeze_batch_norm", "freeze_ranges"):
             check_moment(f"Jacinto: {option}", getattr(self, option))
         for option, low, high in (
             ("range_shrink", 0, 50), ("weight_shrink", 0, 50), ("range_floor", 0, 1), ("bias_calibration", 0, 1),
         ):  # fmt: skip
-            _check_number(option, getattr(self, option), low, high)
+            check_number(type(self), option, getattr(self, option), low, high)
         for option in ("weight_cap", "act_range"):
             if getattr(self, option) is not None:
-                _check_number(option, getattr(self, option), 2.0**-16, 2.0**16)
+                check_number(type(self), option, getattr(self, option), 2.0**-16, 2.0**16)
         if self.range_subsample not in (1, 2, 3, 4):
             raise ConfigError(f"Jacinto(range_subsample={self.range_subsample!r}): expected 1 (all), 2, 3 or 4.")
         if self.warmup is None:
@@ -269,11 +274,6 @@ class Jacinto(Scheme):
 def _unset(option: str) -> str | None:
     """What stands for not given; None says never for a moment."""
     return "auto" if option.startswith("freeze_") else None
-
-
-def _check_number(option: str, value: Any, low: float, high: float) -> None:
-    if not _is_finite(value) or not low <= value <= high:
-        raise ConfigError(f"Jacinto({option}={value!r}): expected a number from {low:g} to {high:g}.")
 
 
 def _fixed(value: Any, where: str) -> tuple[float, float]:

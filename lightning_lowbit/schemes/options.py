@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -11,7 +12,15 @@ from lightning_lowbit.errors import ConfigError, nearest
 if TYPE_CHECKING:
     from lightning_lowbit.graph.plan import Plan
 
-__all__ = ["check_bits", "check_choice", "each_override", "require_matches"]
+__all__ = [
+    "check_bits",
+    "check_choice",
+    "check_flags",
+    "check_number",
+    "check_whole",
+    "each_override",
+    "require_matches",
+]
 
 
 def check_choice(cls: type[Any], option: str, value: Any) -> None:
@@ -31,6 +40,26 @@ def check_bits(cls: type[Any], option: str, value: Any) -> None:
         raise ConfigError(
             f"{cls.__name__}({option}={value!r}): expected an integer from 2 to 16 (one signed bit: only -1 and 0)."
         )
+
+
+def check_flags(scheme: Any, *options: str) -> None:
+    """ConfigError where one of these fields is neither True nor False."""
+    for option in options:
+        if not isinstance(getattr(scheme, option), bool):
+            raise ConfigError(f"{type(scheme).__name__}({option}={getattr(scheme, option)!r}): expected True or False.")
+
+
+def check_number(cls: type[Any], option: str, value: Any, low: float, high: float) -> None:
+    """ConfigError where ``value`` is no finite number from ``low`` to ``high``."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not low <= value <= high:
+        raise ConfigError(f"{cls.__name__}({option}={value!r}): expected a number from {low:g} to {high:g}.")
+
+
+def check_whole(cls: type[Any], option: str, value: Any, low: int, high: int) -> None:
+    """ConfigError where ``value`` is no integer from ``low`` to ``high``."""
+    if type(value) is not int or not low <= value <= high:
+        raise ConfigError(f"{cls.__name__}({option}={value!r}): expected an integer from {low} to {high}.")
 
 
 def each_override(cls: type[Any], overrides: Any, known: Sequence[str]) -> Iterator[tuple[str, str, Any]]:

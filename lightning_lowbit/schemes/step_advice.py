@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
 from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.modules.base import low_bit_modules
 from lightning_lowbit.modules.stored import StoredWeight
-from lightning_lowbit.numerics.momentum import UpdateFormat
+from lightning_lowbit.numerics.momentum import UpdateFormat, learning_rate_notice, momentum_notice
 from lightning_lowbit.numerics.step_size import finetune_lr, suggest_lr
 
-__all__ = ["advise_lr", "lr_notice"]
+__all__ = ["Notices", "advise_lr", "lr_notice"]
 
 _TOO_SHORT = 3.0  # standard deviations of a layer's weights, over the whole run
 _GOOD = 30.0
@@ -24,7 +26,7 @@ def advise_lr(model: nn.Module, steps: int | None = None, dr: int = 128, momentu
     Args:
         model: converted and calibrated: the standard deviations of its weights count, in units of their ranges.
         steps: of a run from scratch, which is to carry a weight some tens of deviations; None fine-tunes: a gradient
-            moves a weight by a thousandth of a deviation.
+            moves a weight by some thousandths of a deviation.
         dr: range of quantized gradients.
         momentum: in [0, 1).
     Raises:
@@ -69,3 +71,53 @@ def lr_notice(
         f"learning rate {lr:g} carries a weight at most {reach * lr:.2g} standard deviations in {steps} steps; "
         f"{better:.3g} carries it {reach * better:.3g}"
     )
+
+
+class Notices:
+    """What is said of an optimizer's settings, each thing once: as a warning, or as news for whoever asks.
+
+    Args:
+        format: of the update.
+    """
+
+    def __init__(self, format: UpdateFormat) -> None:
+        self.format = format
+        self.said: set[str] = set()
+        self.news: list[str] = []
+        self.rates: dict[int, float] = {}  # by a group's first parameter, of its last step
+
+    def first(self, topic: str) -> bool:
+        """Whether it comes up for the first time."""
+        new = topic not in self.said
+        self.said.add(topic)
+        return new
+
+    def warn(self, topic: str, words: str) -> None:
+        if words and self.first(topic):
+            warnings.warn(f"wageubn: {words}", stacklevel=4)
+
+    def tell(self, topic: str, words: str) -> None:
+        if words and self.first(topic):
+            self.news.append(words)
+
+    def take(self) -> list[str]:
+        told, self.news = self.news, []
+        return told
+
+    def of_group(self, group: Mapping[str, Any], lr: float, momentum: float) -> None:
+        """What the grids make of a group's learning rate and momentum, and which settings the update does not know."""
+        first, raised = id(group["params"][0]), learning_rate_notice(lr, self.format)
+        if self.rates.get(first) == lr:  # no schedule that passes by
+            self.warn(f"rate {first}", raised)
+        else:
+            self.tell("rate", raised)
+        self.rates[first] = lr
+        self.tell(f"momentum {momentum}", momentum_notice(momentum, self.format))
+        unknown = [name for name in ("nesterov", "dampening", "betas", "amsgrad", "alpha") if group.get(name)]
+        if unknown:
+            names = ", ".join(unknown)
+            self.tell(
+                names,
+                f"{names} of the optimizer: unknown to the integer update of low-bit parameters, which is SGD with "
+                "momentum. update='fake' keeps the optimizer's own step.",
+            )

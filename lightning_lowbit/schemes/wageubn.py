@@ -27,7 +27,15 @@ from lightning_lowbit.modules.widths import WidthForm, WidthQuantizer
 from lightning_lowbit.numerics.momentum import UpdateFormat
 from lightning_lowbit.numerics.normalize import NormFormat
 from lightning_lowbit.numerics.widths import Criterion, Policy
-from lightning_lowbit.schemes.options import check_bits, check_choice, each_override, require_matches
+from lightning_lowbit.schemes.options import (
+    check_bits,
+    check_choice,
+    check_flags,
+    check_number,
+    check_whole,
+    each_override,
+    require_matches,
+)
 from lightning_lowbit.schemes.values import value_milestones
 from lightning_lowbit.schemes.wageubn_presets import DEFAULTS, settings_of
 
@@ -41,6 +49,7 @@ Backend = Literal["auto", "int8", "simulate", "reference", "cuda"]
 _OVERRIDABLE = ("weight_bits", "act_bits", "act_format")
 _ACTIVATIONS = (Kind.RELU, Kind.ACTIVATION)
 _SUMS = (Kind.ADD, Kind.CAT, Kind.AVG_POOL)
+_OFF = 32  # bits from which on a value is left as it is
 _SUM_BITS = 16  # of layers' results, where these are rounded
 
 
@@ -63,8 +72,9 @@ class Wageubn(Scheme):
         width_patience: steps without use of the top bit after which it gets one less.
         io: what else is quantized between modules: "none", "outputs" (sums, concats, pools) or "strict" (every result,
             those of layers in 16 bits).
-        weight_range: "one" (published: weights in +-1), "fit" (each layer's power of two that holds them), "room"
-            (up to 4 times that) or "auto": fit where weights come from elsewhere, else room.
+        weight_range: "one" (published: what is beyond +-1 is clipped), "fit" (each layer's power of two that holds its
+            weights), "room" (up to 4 times that, at most what holds 1) or "auto": fit where weights come from
+            elsewhere, else room.
         e1: errors that arrive at an activation: "shift8", another width, or "off".
         e2: errors at a layer's result, which enter both products: "flag8", "shift8", "flag16", "shift16" or "off".
         clip_to_one: e1 keeps the published code's largest code, one more than its bits hold.
@@ -157,34 +167,56 @@ class Wageubn(Scheme):
         self._check()
 
     def _check(self) -> None:
+        cls = type(self)
         for option in ("weight_bits", "act_bits", "bias_bits"):
-            check_bits(type(self), option, getattr(self, option))
+            check_bits(cls, option, getattr(self, option))
         for option in (
             "act_format", "act_init", "io", "weight_range", "update", "rounding", "first_last", "backend",
         ):  # fmt: skip
-            check_choice(type(self), option, getattr(self, option))
-        for option in ("clip_to_one", "sync_range", "norms", "exact", "gradients", "clip_stored", "check"):
-            if not isinstance(getattr(self, option), bool):
-                raise ConfigError(f"Wageubn({option}={getattr(self, option)!r}): expected True or False.")
-        for event in ("quantize_norms", "quantize_errors", "quantize_gradients", "freeze_widths"):
-            check_moment(f"Wageubn: {event}", getattr(self, event))
+            check_choice(cls, option, getattr(self, option))
+        check_flags(self, "clip_to_one", "sync_range", "norms", "exact", "gradients", "clip_stored", "check")
+        check_number(cls, "percentile", self.percentile, 0.001, 100)
+        check_number(cls, "width_share", self.width_share, 0, 0.5)
+        check_whole(cls, "width_patience", self.width_patience, 1, 10**9)
+        check_whole(cls, "seed", self.seed, 0, 2**63 - 1)
+        for option in ("momentum", "norm_momentum"):
+            if getattr(self, option) is not None:
+                check_number(cls, option, getattr(self, option), 0, 0.999)
+        self._check_stages()
+        for option in ("mean", "deviation", "xhat", "gamma", "beta", "running"):
+            bits = getattr(self, f"{option}_bits")
+            if type(bits) is not int or not (2 <= bits <= 24 or bits == _OFF):
+                raise ConfigError(f"Wageubn({option}_bits={bits!r}): expected an integer from 2 to 24, or 32 for none.")
         self._error("e1"), self._error("e2")
-        self._width("act", "act_bits", "act_format")
-        self.norm_format  # noqa: B018  # refuses widths
-        self.update_format  # noqa: B018
-        self._check_gradients()
-        for pattern, option, value in each_override(type(self), self.overrides, _OVERRIDABLE):
+        self._check_update()
+        for pattern, option, value in each_override(cls, self.overrides, _OVERRIDABLE):
             if option == "act_format":
-                _format_of(value, f"Wageubn(overrides[{pattern!r}].act_format={value!r})")
+                _check_format(f"Wageubn(overrides[{pattern!r}].act_format={value!r})", value)
             else:
-                check_bits(type(self), f"overrides[{pattern!r}].{option}", value)
+                check_bits(cls, f"overrides[{pattern!r}].{option}", value)
 
-    def _check_gradients(self) -> None:
+    def _check_stages(self) -> None:
+        check_moment("Wageubn: freeze_widths", self.freeze_widths)
+        for event, instead in (
+            ("quantize_norms", "norms=False"), ("quantize_errors", "e1='off' and e2='off'"),
+            ("quantize_gradients", "update='float' and gradients=False"),
+        ):  # fmt: skip
+            if getattr(self, event) is None:
+                raise ConfigError(f"Wageubn({event}=None): expected a moment, 0 for at once; for never take {instead}.")
+            check_moment(f"Wageubn: {event}", getattr(self, event))
+
+    def _check_update(self) -> None:
+        try:
+            self.update_format  # noqa: B018  # refuses widths
+        except ConfigError as error:
+            names = "gradient_bits, momentum_bits, accumulator_bits, lr_bits, stored_bits"
+            raise ConfigError(f"Wageubn({names}): {error}") from error
         assert self.dr is not None
         assert self.dr_at is not None
-        for value in self.dr:
-            if not isinstance(value, int) or not 2 <= value <= 2**15 or value & (value - 1):
-                raise ConfigError(f"Wageubn(dr={self.dr!r}): expected powers of two from 2 to 2^15.")
+        if not self.dr or any(
+            type(value) is not int or not 2 <= value <= 2**15 or value & (value - 1) for value in self.dr
+        ):
+            raise ConfigError(f"Wageubn(dr={self.dr!r}): expected powers of two from 2 to 2^15.")
         for moment in self.dr_at:
             check_moment("Wageubn: dr_at", moment)
         if len(self.dr) > len(self.dr_at):
@@ -197,9 +229,6 @@ class Wageubn(Scheme):
                 "Wageubn(update='integer', gradients=False): the integer update is of quantized gradients. Take "
                 "update='fake' or 'float', or gradients=True."
             )
-        for name, share in (("momentum", self.momentum), ("norm_momentum", self.norm_momentum)):
-            if share is not None and not (isinstance(share, (int, float)) and 0 <= share < 1):
-                raise ConfigError(f"Wageubn({name}={share!r}): expected a number in [0, 1), or None.")
 
     def replace(self, **options: Any) -> Wageubn:
         if options.get("preset") is not None:  # says all anew that presets say
@@ -211,9 +240,8 @@ class Wageubn(Scheme):
     # -- formats -----------------------------------------------------------------------------------------------
     @property
     def norm_format(self) -> NormFormat:
-        return NormFormat(
-            self.mean_bits, self.deviation_bits, self.xhat_bits or 16, self.gamma_bits, self.beta_bits
-        )  # fmt: skip
+        assert self.xhat_bits is not None
+        return NormFormat(self.mean_bits, self.deviation_bits, self.xhat_bits, self.gamma_bits, self.beta_bits)
 
     @property
     def update_format(self) -> UpdateFormat:
@@ -223,7 +251,7 @@ class Wageubn(Scheme):
 
     def _error(self, option: str) -> ErrorForm | None:
         return ErrorForm.parse(
-            getattr(self, option), f"Wageubn({option}", shared=self.sync_range, check=self.check,
+            getattr(self, option), f"Wageubn: {option}", shared=self.sync_range, check=self.check,
             clip_to_one=option == "e1" and bool(self.clip_to_one),
         )  # fmt: skip
 
@@ -252,7 +280,7 @@ class Wageubn(Scheme):
 
     def leaves_float(self, site: Site, module: nn.Module) -> str | None:
         if self.first_last == "float" and (site.first or site.last):
-            return f"{'first' if site.first else 'last'} layer, by first_last='float'"
+            return f"{'first' if site.first else 'last'} layer, by first_last='float' ('int8' converts it)"
         return None
 
     def quantizer(self, site: Site) -> Quantizer | None:
@@ -260,14 +288,14 @@ class Wageubn(Scheme):
             chosen = "room" if self.weight_range == "auto" else self.weight_range
             return StoredWeight(site, self._option(site.path, "weight_bits"), chosen)  # type: ignore[arg-type]
         if site.role == "bias":
-            return StoredBias(site, self.bias_bits or 8)
+            return StoredBias(site, self.bias_bits or 16)
         if site.role == "error":
             form = self._error("e2")
             layer = site.op not in (Kind.BATCH_NORM, *_ACTIVATIONS, *_SUMS)
             return ErrorQuantizer(site, form) if form is not None and layer else None
         if site.role == "sum":
             momentum = self.norm_momentum
-            grids = NormGrids(site, self.norm_format, self.running_bits or 32, momentum, self.check)
+            grids = NormGrids(site, self.norm_format, self.running_bits or _OFF, momentum, self.check)
             return grids if site.op == Kind.BATCH_NORM else None
         if site.role == "accumulator":
             return WidthQuantizer(site, WidthForm(_SUM_BITS)) if self.io == "strict" else None
@@ -340,9 +368,12 @@ class Wageubn(Scheme):
         return 16  # sums of 8-bit products: bfloat16 counts to 256 only
 
 
-def _format_of(value: Any, where: str) -> None:
+def _check_format(where: str, value: Any) -> None:
     """Refuse what is no policy and no (total, integer) bits."""
-    pair = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
-    if value in ("fixed_width", "fixed_unit") or (pair and all(type(bits) is int for bits in value)):
+    if value in ("fixed_width", "fixed_unit"):
         return
-    raise ConfigError(f"{where}: expected 'fixed_width', 'fixed_unit' or a pair of total and integer bits.")
+    pair = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
+    if not pair or not (type(value[0]) is type(value[1]) is int and 2 <= value[0] <= 16 and abs(value[1]) <= 32):
+        raise ConfigError(
+            f"{where}: expected 'fixed_width', 'fixed_unit' or a pair of total (2 to 16) and integer bits (-32 to 32)."
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,14 +18,12 @@ from lightning_lowbit.numerics.constant import constant_codes, constant_quantize
 from lightning_lowbit.numerics.momentum import (
     integer_step_,
     learning_rate_code,
-    learning_rate_notice,
     momentum_code,
-    momentum_notice,
     recover,
     store,
 )
 from lightning_lowbit.numerics.noise import combine
-from lightning_lowbit.schemes.step_advice import lr_notice
+from lightning_lowbit.schemes.step_advice import Notices, lr_notice
 from lightning_lowbit.schemes.values import Values
 
 if TYPE_CHECKING:
@@ -114,8 +111,7 @@ class ClosedRule(UpdateRule):
         self.taken: dict[str, _Taken] = {}
         self.skipped = 0
         self._skips = False  # this step
-        self._said: set[str] = set()
-        self._news: list[str] = []
+        self.notices = Notices(self.format)
 
     def milestone(self, what: str, reached: bool, when: int) -> None:
         if self.dr.follow(what, reached):
@@ -156,7 +152,7 @@ class ClosedRule(UpdateRule):
 
     def _finds_nonfinite(self, optimizer: torch.optim.Optimizer, context: StepContext) -> bool:
         """Whether any process met a value that is none, in this step's gradients, errors or activations."""
-        gradients = [p.grad for _, p in self._held(optimizer) if p.grad is not None]
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         found = [~torch.isfinite(g).all() for g in gradients]
         found += [~torch.isfinite(q.width[-1]) for q in self.widths]  # their reach
         errors, self.switch.run.nonfinite = self.switch.run.nonfinite, 0
@@ -170,7 +166,7 @@ class ClosedRule(UpdateRule):
             for parameter in group["params"]:
                 parameter.grad = None
         if context.grad_scale == 1.0:  # a gradient scaler looks for its scale this way
-            self._say(
+            self.notices.warn(
                 "skipped", f"step {context.step}: NaN or infinite values in gradients, errors or activations. The step "
                 "is left out and counted (skipped_steps); look at the batch, the loss and the learning rate."
             )  # fmt: skip
@@ -179,29 +175,24 @@ class ClosedRule(UpdateRule):
         for group in optimizer.param_groups:
             momentum = self.scheme.momentum
             momentum = float(group.get("momentum", 0.25)) if momentum is None else momentum
+            lr, decay = float(group["lr"]), float(group.get("weight_decay", 0.0))
+            taken = False
             for parameter in group["params"]:
                 name = self.names.get(id(parameter))
                 if name is None or parameter.grad is None:
                     continue
-                lr, decay = float(group["lr"]), float(group.get("weight_decay", 0.0))
-                self.taken[name] = _Taken(parameter.grad, lr, momentum, decay)
-                parameter.grad = None
-        if self.taken:
-            self._advise(context)
+                gradient = -parameter.grad if group.get("maximize") else parameter.grad
+                self.taken[name], parameter.grad, taken = _Taken(gradient, lr, momentum, decay), None, True
+            if taken:
+                self.notices.of_group(group, lr, momentum)
+                if self.notices.first("carries"):
+                    reach = lr_notice(self._spread(group), lr, momentum, self.dr.now, self.format, context.total_steps)
+                    self.notices.tell("reach", reach)
 
-    def _advise(self, context: StepContext) -> None:
-        """Once, what the grids make of learning rate and momentum, and how far they carry."""
-        first = next(
-            (self.taken[name] for name, entry in self.stored.items() if entry.weight and name in self.taken), None
-        )
-        if first is None:
-            return
-        self._say("lr", learning_rate_notice(first.lr, self.format))
-        self._tell("momentum", momentum_notice(first.momentum, self.format))
-        weights = [entry for name, entry in self.stored.items() if entry.weight and name in self.taken]
-        spread = [float(entry.parameter.detach().std()) * 2.0**-entry.power for entry in weights]
-        carried = lr_notice(spread, first.lr, first.momentum, self.dr.now, self.format, context.total_steps)
-        self._tell("carries", carried)
+    def _spread(self, group: dict[str, Any]) -> list[float]:
+        """Standard deviations of a group's layers' weights, in units of their ranges."""
+        ours = [self.stored[self.names[id(p)]] for p in group["params"] if id(p) in self.names]
+        return [float(e.parameter.detach().std()) * 2.0**-e.power for e in ours if e.weight]
 
     @torch.no_grad()
     def step(self, owned: set[str], context: StepContext) -> None:
@@ -283,19 +274,8 @@ class ClosedRule(UpdateRule):
                 quantizer.keep(int(integer))
 
     # -- reports and state --------------------------------------------------------------------------------
-    def _say(self, topic: str, words: str) -> None:
-        if words and topic not in self._said:
-            self._said.add(topic)
-            warnings.warn(f"wageubn: {words}", stacklevel=4)
-
-    def _tell(self, topic: str, words: str) -> None:
-        if words and topic not in self._said:
-            self._said.add(topic)
-            self._news.append(words)
-
     def news(self) -> list[str]:
-        told, self._news = self._news, []
-        return told
+        return self.notices.take()
 
     def logged(self) -> dict[str, float]:
         return {"dr": float(self.dr.now), "skipped_steps": float(self.skipped)}
@@ -322,7 +302,7 @@ class ClosedRule(UpdateRule):
             entry = self.stored[name]
             self.masters[name] = codes.clone().to(entry.parameter.device)
             if not torch.equal(self._shown(entry, self.masters[name]), entry.parameter):
-                self._say(name, f"{name}: the checkpoint's weight differs from its integers, which are taken.")
+                self.notices.warn(name, f"{name}: the checkpoint's weight differs from its integers, which are taken.")
                 self._show(entry, self.masters[name])
         for name, codes in state["accumulators"].items():
             self.accumulators[name] = codes.clone().to(self.stored[name].parameter.device)

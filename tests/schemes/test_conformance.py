@@ -215,7 +215,8 @@ def test_stays_on_its_grids_in_evaluation(trained: Net) -> None:
         hook.remove()
     assert off == []
     # Weights, sums and errors of integer layers are codes inside them; whoever reads a result checks it here.
-    inside = ("weight", "bias", "accumulator", "sum", "error") if trained.conv2.scheme.carries_errors else ()
+    integer = trained.conv2.scheme.proves_sums(trained.conv2)
+    inside = ("weight", "bias", "accumulator", "sum", "error") if integer else ()
     assert {q.site.key for _, q in quantizers(trained) if q.site.role not in inside} <= seen
 
 

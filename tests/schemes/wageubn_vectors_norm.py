@@ -7,11 +7,12 @@ element may differ only where one of the three is that near to a tie, and only b
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from schemes.vector_table import Comparison
-from torch import Tensor
+from schemes.wageubn_vectors_nets import Beside, authors, converted, same
+from torch import Tensor, nn
 
 from lightning_lowbit.numerics.direct import direct_quantize
 from lightning_lowbit.numerics.normalize import NormFormat, batch_norm, norm_constants, normalize, running_update
@@ -112,9 +113,43 @@ def check_batch_norm(v: Comparison) -> None:
         v.close(f"{tag}_batch_mean", mean, SINGLE, SINGLE * float(x.detach().abs().max()))
         v.close(f"{tag}_batch_var", var, SINGLE, SINGLE)
         check_evaluation(v, f"{tag}_eval_y", format, running)
+        check_island(v, tag, format, Trained(y, dx, dgamma, dbeta))
     for name, moving, value in zip(("mean", "var"), running, (mean, var), strict=True):
         running_update(moving, value, DECAY)
         v.close(f"moving_{name}1", moving, SINGLE)
+
+
+class Trained(NamedTuple):
+    """Of a norm in training, or the gradients that come back to it."""
+
+    y: Tensor
+    grad_x: Tensor
+    grad_gamma: Tensor
+    grad_beta: Tensor
+
+
+def check_island(v: Comparison, tag: str, format: NormFormat, want: Trained) -> None:
+    """A converted norm gives the same, in training and (before it has trained) in evaluation, in every bit."""
+    scheme = authors(xhat_bits=format.xhat, check=True)
+    assert scheme.norm_format == format, f"eps: no option, expected 2^{scheme.norm_format.eps_exponent}"
+    x, g = v["x"], v["gout"]
+    norm: Any = nn.BatchNorm2d(x.shape[1])
+    values = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean0", "running_var": "moving_var0"}
+    norm.load_state_dict({name: v[key] for name, key in values.items()}, strict=False)
+    converted(Beside(nn.Conv2d(x.shape[1], 1, 1), norm), scheme, x, x)
+    with torch.no_grad():
+        running = (norm.running_mean.clone(), norm.running_var.clone())
+        expected, *_ = batch_norm(x, norm.weight, norm.bias, format, running)
+        same(f"{tag}_eval_y of the network", norm.eval()(x), expected)
+    x = x.requires_grad_()
+    y = norm.train()(x)
+    got = Trained(y, *torch.autograd.grad(y, (x, norm.weight, norm.bias), g))
+    for name, have, exact in zip(Trained._fields, got, want, strict=True):
+        same(f"{tag}_{name} of the network", have, exact)
+    assert scheme.norm_momentum is not None
+    assert math.isclose(1.0 - scheme.norm_momentum, DECAY)
+    for name in ("mean", "var"):
+        v.close(f"moving_{name}1", norm.get_buffer(f"running_{name}"), SINGLE)
 
 
 def check_evaluation(v: Comparison, key: str, format: NormFormat, running: tuple[Tensor, Tensor]) -> None:

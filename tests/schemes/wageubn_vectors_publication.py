@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from schemes.vector_table import Comparison
+from schemes.wageubn_vectors_nets import BACKENDS, converted, layer_like
 from schemes.wageubn_vectors_quantizers import value_of
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_lowbit.kernels import int8_matmul
+from lightning_lowbit.modules.base import Site, Switch, switch_of
+from lightning_lowbit.modules.calibrate import alone
+from lightning_lowbit.modules.widths import WidthForm, WidthQuantizer
 from lightning_lowbit.numerics.constant import constant_codes_reference, constant_quantize
 from lightning_lowbit.numerics.direct import direct_quantize, direct_quantize_reference
 from lightning_lowbit.numerics.flag import (
@@ -23,9 +29,13 @@ from lightning_lowbit.numerics.shift import (
     shift_quantize,
     shift_quantize_reference,
 )
-from lightning_lowbit.numerics.widths import Criterion, integer_bits, integer_bits_of_max
+from lightning_lowbit.numerics.widths import Criterion, Format, integer_bits, integer_bits_of_max
+from lightning_lowbit.schemes.wageubn import Wageubn
 
 __all__ = ["check_publication"]
+
+BITS = 8
+LARGEST = 127
 
 
 def check_publication(v: Comparison) -> None:
@@ -94,6 +104,20 @@ def check_widths(v: Comparison) -> None:
         v.exact(match[0], torch.tensor([integer_bits(x, criterion, bits, signed) for x in magnitudes]))
         if criterion == "max":
             v.exact(match[0], integer_bits_of_max(v["obs_absmax"], bits, signed))
+        form = WidthForm(bits, criterion=criterion)
+        v.exact(match[0], torch.tensor([calibrated(x, form, signed) for x in magnitudes]))
+
+
+def calibrated(x: Tensor, form: WidthForm, signed: bool) -> int:
+    """Integer bits of a quantizer that has seen ``x``, in as many passes as it asks for."""
+    quantizer = WidthQuantizer(Site("layer", "input", "linear", signed=signed), form)
+    quantizer.switch = Switch()
+    quantizer.observe(x)
+    if quantizer.close_pass(alone):
+        quantizer.observe(x)
+    quantizer.commit(alone)
+    assert quantizer.format == Format(form.bits, quantizer.integer, signed)
+    return quantizer.integer
 
 
 def check_layer(v: Comparison) -> None:
@@ -110,3 +134,36 @@ def check_layer(v: Comparison) -> None:
         acc = int8_matmul(first, second)
         v.exact(f"il_{name}_acc", acc)
         v.exact(f"il_{name}", acc.double() * 2.0**exponent)
+    for backend in BACKENDS:
+        check_converted_layer(v, backend)
+
+
+def check_converted_layer(v: Comparison, backend: str) -> None:
+    """The same layer in a network.
+
+    One row more, of a zero input and largest errors, sets the unit of the errors and adds nothing; a weight of
+    largest codes sets the range of the weights.
+    """
+    a, w, e = (v[f"il_{name}"].float() for name in "awe")
+    unit_a, unit_w, unit_e = (2.0 ** int(exponent) for exponent in v["il_exp"])
+    scheme = Wageubn(
+        first_last="int8", weight_range="fit", e2="shift8", e1="off", backend=backend, check=True,  # type: ignore[arg-type]
+        overrides={"0": {"act_format": (BITS, BITS - 1 + int(v["il_exp"][0]))}},
+    )  # fmt: skip
+    layer: Any = layer_like(w)
+    layer.weight.data.fill_(LARGEST * unit_w)
+    x = torch.cat([a, torch.zeros_like(a[:1])]) * unit_a
+    net = converted(nn.Sequential(layer), scheme, x)
+    layer.weight.data.copy_(w * unit_w)
+    x = x.requires_grad_()
+    y = net(x)
+    error = torch.cat([e, torch.full_like(e[:1], LARGEST)]) * unit_e
+    dx, dw = torch.autograd.grad(y, (x, layer.weight), error)
+    operand = layer.lowbit_error.gate.operand(error, switch_of(net).run)
+    exponents = (int(layer.input_grid.exponent()), int(layer.lowbit_weight.exponent()), int(operand.exponent))
+    assert exponents == tuple(v["il_exp"].tolist()), f"il_exp: got {exponents}"
+    results = {"y": y[:-1], "dx": dx[:-1], "dw": dw}
+    for (name, result), exponent in zip(results.items(), v["il_exp_out"], strict=True):
+        v.exact(f"il_{name}", result)
+        v.exact(f"il_{name}_acc", result.double() * 2.0 ** -int(exponent))
+    assert int(layer.accumulator_exponent()) == int(v["il_exp_out"][0])

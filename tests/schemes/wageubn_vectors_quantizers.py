@@ -6,8 +6,11 @@ from collections.abc import Callable
 
 import torch
 from schemes.vector_table import Comparison
-from torch import Tensor
+from schemes.wageubn_vectors_nets import authors, converted, layer_like
+from torch import Tensor, nn
 
+from lightning_lowbit.modules.base import switch_of
+from lightning_lowbit.modules.planes import values_of
 from lightning_lowbit.numerics.constant import constant_codes_reference, constant_quantize
 from lightning_lowbit.numerics.direct import direct_quantize, direct_quantize_reference
 from lightning_lowbit.numerics.error_gate import flag_gate, shift_gate
@@ -20,6 +23,7 @@ from lightning_lowbit.numerics.flag import (
 )
 from lightning_lowbit.numerics.momentum import UpdateFormat, learning_rate_code
 from lightning_lowbit.numerics.shift import shift_quantize, shift_quantize_reference
+from lightning_lowbit.plugins.precision import lowbit_step
 
 __all__ = ["check_quantizers", "gradient", "learning_rates", "value_of"]
 
@@ -52,7 +56,44 @@ def learning_rates(lr: Tensor, bits: int = 10) -> Tensor:
     return published
 
 
+def check_in_network(v: Comparison) -> None:
+    """The same tensors through the quantizers that stand in a network."""
+    x, act, g = v["x"], v["act"], v["gout"]
+    for match in v.matching(r"(weight|act)_k(\d+)_y"):
+        option = {"weight": "weight_bits", "act": "act_bits"}[match[1]]
+        layer = converted(nn.Sequential(layer_like(act)), authors(**{option: int(match[2])}), act)[0]
+        quantizer, read = (layer.lowbit_weight, x) if match[1] == "weight" else (layer.lowbit_input, act)
+        y, dx = gradient(quantizer, read, g)
+        v.exact(match[0], y)
+        v.exact(match[0].removesuffix("y") + "grad_x", dx)
+    for match in v.matching(r"(E1|E2flag)_k(\d+)_(err|err_sat)_out"):
+        option, form = {"E1": ("e1", "shift"), "E2flag": ("e2", "flag")}[match[1]]
+        scheme = authors(**{option: f"{form}{match[2]}"}, check=True)
+        err = v[match[3]]
+        net = converted(nn.Sequential(nn.ReLU(), layer_like(err)), scheme, torch.ones_like(err))
+        if match[1] == "E1":
+            v.exact(match[0], gradient(net[0], torch.ones_like(err), err)[1])
+        else:
+            gate = net[1].lowbit_error.gate
+            v.exact(match[0], net[1].lowbit_error.quantize(err))
+            v.exact(match[0], values_of(gate.operand(err, switch_of(net).run)))
+    for match in v.matching(r"CQ_dr(\d+)_y"):
+        check_gradients_in_network(v, match[0], int(match[1]))
+
+
+def check_gradients_in_network(v: Comparison, key: str, dr: int) -> None:
+    """Where the user's optimizer moves the weights, it finds their quantized gradients."""
+    scheme = authors(update="float", dr=dr, dr_at=0, gradient_bits=GRADIENT_BITS)
+    net = converted(nn.Sequential(layer_like(v["grad_w"])), scheme, torch.ones_like(v["grad_w"]))
+    switch_of(net).run.injected = lambda path, purpose, samples, size: v["uniform"].reshape(samples, size)
+    net[0].weight.grad = v["grad_w"]
+    lowbit_step(net, torch.optim.SGD(net.parameters(), lr=1.0))
+    v.exact(key, net[0].weight.grad)
+    v.exact(key, -net[0].weight)
+
+
 def check_quantizers(v: Comparison) -> None:
+    check_in_network(v)
     x, g = v["x"], v["gout"]
     for match in v.matching(r"(weight|act)_k(\d+)_y"):
         clipped, bits = match[1] == "weight", int(match[2])
