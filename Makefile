@@ -29,7 +29,7 @@ bench: $(READY)
 # Trains, kills -9 at random moments, resumes, and compares with a run that nobody disturbed. A PYTHON that is named
 # runs it as it is, with the package's dependencies installed.
 KILLS ?= 5
-SCHEMES ?= niti tqt bnn f8net jacinto
+SCHEMES ?= niti tqt bnn f8net jacinto wageubn
 NAMED := $(findstring command,$(origin PYTHON))
 
 torture: $(if $(NAMED),,$(READY))

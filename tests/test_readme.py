@@ -15,16 +15,18 @@ import torch
 import yaml
 from torch import nn
 
-from lightning_lowbit import F8Net, Jacinto, convert, summarize
+from lightning_lowbit import F8Net, Jacinto, Wageubn, convert, summarize
 from lightning_lowbit.cli import main
 from lightning_lowbit.demos import DigitsCnn, DigitsData
 from lightning_lowbit.reports.certificate import read_certificate
 from lightning_lowbit.schemes.jacinto_presets import PRESETS, settings_of
+from lightning_lowbit.schemes.wageubn_presets import PRESETS as FULL_PRESETS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 FIXED_POINT = (ROOT / "docs" / "f8net.md").read_text()
 RANGES = (ROOT / "docs" / "jacinto.md").read_text()
+FULL = (ROOT / "docs" / "wageubn.md").read_text()
 
 
 class WithAuxHead(DigitsCnn):
@@ -62,7 +64,7 @@ def in_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_python_blocks_run_in_order(in_scratch: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    first, second, third, fourth, fifth, sixth = blocks("python")
+    first, second, third, full, fourth, fifth, sixth = blocks("python")
     namespace: dict[str, Any] = {}
     exec(first, namespace)
     assert namespace["quant"].metrics["trained"]
@@ -77,6 +79,8 @@ def test_python_blocks_run_in_order(in_scratch: Path, capsys: pytest.CaptureFixt
     exec(third, namespace)
     assert "training bit-identical on any machine: yes" in capsys.readouterr().out
     assert read_certificate(Path("certificate.json"))["records"]
+    exec(full, namespace)
+    assert "conv2.weight" in capsys.readouterr().out
     exec(fourth, namespace)
     assert "conv2" in capsys.readouterr().out
     assert torch.equal(namespace["packed"](x), namespace["model"].eval()(x))
@@ -123,6 +127,28 @@ def test_the_blocks_of_the_page_of_ranges_run_in_order(in_scratch: Path, capsys:
     assert "2 of 2 layers low-bit" in capsys.readouterr().out
 
 
+def test_the_blocks_of_the_page_of_full_8_bits_run_in_order(
+    in_scratch: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipes, groups, stages, loop = blocks("python", FULL)
+    namespace: dict[str, Any] = {}
+    exec(recipes, namespace)
+    printed = capsys.readouterr().out
+    assert "bn2.xhat" in printed
+    assert "scheme wageubn" in printed
+    x = torch.rand(4, 1, 8, 8)
+    model, again = namespace["model"].eval(), namespace["again"].eval()
+    assert torch.equal(model(x), again(x))
+    assert not torch.equal(model.conv2.weight, torch.load("float.pt")["conv2.weight"])
+    exec(groups, namespace)
+    exec(stages, namespace)
+    steps = namespace["trainer"].callbacks[0].schedule.steps
+    assert [steps[f"quantize_{what}"] for what in ("norms", "errors", "gradients")] == [0, 1, 2]
+    capsys.readouterr()
+    exec(loop, namespace)
+    assert "2 of 2 layers low-bit" in capsys.readouterr().out
+
+
 def test_the_fixed_point_page_quotes_the_report() -> None:
     (note, *_) = blocks("text", FIXED_POINT)
     model = DigitsCnn()
@@ -140,21 +166,35 @@ def rows(text: str, heading: str) -> list[list[str]]:
 
 @pytest.mark.parametrize(
     ("scheme", "text", "heading"),
-    [(F8Net, FIXED_POINT, "3. Options"), (Jacinto, RANGES, "4. Options")],
-    ids=["f8net", "jacinto"],
+    [(F8Net, FIXED_POINT, "3. Options"), (Jacinto, RANGES, "4. Options"), (Wageubn, FULL, "8. Options")],
+    ids=["f8net", "jacinto", "wageubn"],
 )
 def test_options_of_a_scheme_stand_on_its_page(scheme: type[Any], text: str, heading: str) -> None:
     listed = [name for first, *_ in rows(text, heading) for name in re.findall(r"`(\w+)`", first)]
     assert sorted(listed) == sorted(field.name for field in dataclasses.fields(scheme))
 
 
-def test_defaults_of_jacinto_stand_on_its_page() -> None:
+@pytest.mark.parametrize(
+    ("scheme", "text", "heading"),
+    [(Jacinto, RANGES, "4. Options"), (Wageubn, FULL, "8. Options")],
+    ids=["jacinto", "wageubn"],
+)
+def test_defaults_of_a_scheme_stand_on_its_page(scheme: type[Any], text: str, heading: str) -> None:
     stated = {
         name: ast.literal_eval(default.strip("`"))
-        for first, default, _ in rows(RANGES, "4. Options")
+        for first, default, _ in rows(text, heading)
         for name in re.findall(r"`(\w+)`", first)
     }
-    assert stated == {field.name: getattr(Jacinto(), field.name) for field in dataclasses.fields(Jacinto)}
+    assert stated == {field.name: getattr(scheme(), field.name) for field in dataclasses.fields(scheme)}
+
+
+def test_presets_of_full_8_bits_stand_on_their_page() -> None:
+    table = rows(FULL, "6. Presets")
+    assert {name for settings in FULL_PRESETS.values() for name in settings} <= {row[0].strip("`") for row in table}
+    for place, preset in enumerate(FULL_PRESETS, 1):  # columns in their order
+        stated = {row[0].strip("`"): ast.literal_eval(row[place].strip("`")) for row in table}
+        scheme = Wageubn(preset=preset)
+        assert stated == {name: getattr(scheme, name) for name in stated}, preset
 
 
 def test_presets_of_jacinto_stand_on_its_page() -> None:
@@ -169,6 +209,7 @@ def test_the_yaml_block_is_a_config_that_parses(tmp_path: Path, capsys: pytest.C
         (README, "tqt", "bits: 4"),
         (FIXED_POINT, "f8net", "select: histogram"),
         (RANGES, "jacinto", "preset: WC4_AT8"),
+        (FULL, "wageubn", "e2: flag16"),
     ):
         (block,) = blocks("yaml", text)
         assert yaml.safe_load(block)["quant"]["scheme"] == scheme

@@ -14,8 +14,8 @@ from torch import nn
 from lightning_lowbit.graph.trace import IN_PLACE_OPERATORS
 
 __all__ = [
-    "BATCH_NORMS", "COMPUTE", "FLOAT_BY_NATURE", "PRODUCERS", "REWRITTEN", "Kind", "classify", "clips", "in_place",
-    "is_leaf", "multiplies",
+    "BATCH_NORMS", "COMPUTE", "FLOAT_BY_NATURE", "PRODUCERS", "REWRITTEN", "Kind", "classify", "clips", "drops",
+    "in_place", "is_leaf", "multiplies",
 ]  # fmt: skip
 
 
@@ -176,6 +176,12 @@ def clips(target: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None
     bounds = given["min_val"], given["max_val"]
     numbers = all(isinstance(bound, (int, float)) for bound in bounds)
     return (float(bounds[0]), float(bounds[1])) if numbers else None
+
+
+def drops(target: Any) -> bool:
+    """Whether a call is a dropout: training scales what it keeps, off any grid."""
+    functions = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
+    return isinstance(target, nn.modules.dropout._DropoutNd) or any(target is function for function in functions)
 
 
 def in_place(target: Any, kwargs: dict[str, Any]) -> bool:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from torch import nn
 
 from lightning_lowbit.graph.network import Call, Flow, ends, reaches, readers
-from lightning_lowbit.graph.ops import COMPUTE, PRODUCERS, REWRITTEN, Kind, clips
+from lightning_lowbit.graph.ops import COMPUTE, PRODUCERS, REWRITTEN, Kind, clips, drops
 from lightning_lowbit.graph.plan import LayerPlan, OpPlan, Plan, Site, Union
 from lightning_lowbit.graph.trace import CallKey
 
@@ -142,7 +142,7 @@ class _Planner:
                 wants.add("compute")
             elif reader.kind in (Kind.ADD, Kind.CAT, Kind.AVG_POOL):
                 wants.add("operand")
-            elif call.kind is Kind.ADD and reader.kind is Kind.BATCH_NORM and reader.path in self.islands:
+            elif call.kind in (Kind.ADD, Kind.RELU) and reader.kind is Kind.BATCH_NORM and reader.path in self.islands:
                 wants.add("norm")
         return wants
 
@@ -268,12 +268,14 @@ class _Planner:
         site = Site(
             call.path, "input", COMPUTE[type(call.target)], "", signed, source=role, channels=channels,
             behind=len(getattr(call.target, "kernel_size", ())), multiplied=True, slot="lowbit_input",
+            dropped=_dropped(call.inputs[0]),
         )  # fmt: skip
         known = self.sites.get(site.key)
         if known is not None:  # called again; what arrives on two grids, or on none, is quantized by the layer itself
             same = sources[:1] == self.arrives_on[call.path]
             signed = signed if signed == known.signed else True if True in (signed, known.signed) else None
-            site = replace(known, signed=signed, source=known.source if same else None)
+            dropped = site.dropped or known.dropped
+            site = replace(known, signed=signed, source=known.source if same else None, dropped=dropped)
         self.arrives_on.setdefault(call.path, sources[:1])
         self.sites[site.key] = site
 
@@ -342,6 +344,15 @@ class _Planner:
                     self.result.layers[self.result.layers.index(layer)] = replace(layer, first=first, last=last)
                 self.result.ties.append([f"{layer.path}.lowbit_weight" for layer in layers])
                 self.result.same_grid.update(self.result.ties[-1])
+
+
+def _dropped(call: Call) -> bool:
+    """Whether a value has passed a dropout on the way from where it was computed."""
+    while call.kind is Kind.KEEP and call.inputs:
+        if drops(call.target):
+            return True
+        call = call.inputs[0]
+    return False
 
 
 def _refines(call: Call) -> bool:

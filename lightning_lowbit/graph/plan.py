@@ -34,6 +34,7 @@ class Site:
         multiplied: whether a converted layer reads it.
         read: whether a converted layer or a planned operation does.
         slot: name of the quantizer in its module.
+        dropped: whether a dropout scales it between that quantizer and here.
         clips: between what a hardtanh clips its values, None of anything else.
     """
 
@@ -51,6 +52,7 @@ class Site:
     multiplied: bool = False
     read: bool = True
     slot: str = ""
+    dropped: bool = False
     clips: tuple[float, float] | None = None
 
     @property

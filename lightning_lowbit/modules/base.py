@@ -138,6 +138,7 @@ class Scheme:
     name: ClassVar[str] = ""
     carries_errors: ClassVar[bool] = False  # tensors and errors are carriers; training runs with autocast off
     runs_norms: ClassVar[bool] = False  # merged batch norms run in training as they are, synchronized ones too
+    integer_kernels: ClassVar[bool] = False  # layers multiply by kernels, which compile their own loops
     reproducible: ClassVar[bool] = False  # the package's own sample order is used unless the user declines
 
     def replace(self, **options: Any) -> Self:

@@ -22,6 +22,7 @@ from lightning_lowbit.numerics.widths import Format, fixed_unit, integer_bits_of
 __all__ = ["NormGrids", "fixed_norm"]
 
 _WIDEST = 16  # integer bits that a normalized value may have
+_LEAST_GUARD = 4  # sixteen deviations are no explosion yet, whatever the batch
 _OFF = 32
 
 
@@ -36,13 +37,14 @@ class NormGrids(Quantizer):
         check: whether results are looked at.
 
     Attributes:
-        values: most values a channel had in a training batch: |xhat| stays below its root, whatever the data.
+        guard: integer bits of |xhat| in evaluation: half of the bits of the most values that a channel had in a batch,
+            since |xhat| of n values stays below their root; at least 4.
         reach: largest |xhat| of a batch that was looked at for the report; None before.
         behind: the layer whose result is normalized, in whose units statistics are counted; None without one.
     """
 
     has_grid = False
-    values: Tensor
+    guard: Tensor
     begun: Tensor
 
     def __init__(
@@ -50,7 +52,7 @@ class NormGrids(Quantizer):
     ) -> None:
         super().__init__(site)
         self.format, self.running_bits, self.momentum, self.check = format, running_bits, momentum, check
-        self.register_buffer("values", torch.zeros(()))
+        self.register_buffer("guard", torch.zeros(()))
         self.register_buffer("begun", torch.ones(()))
         self.on = True
         self.reach: float | None = None
@@ -73,10 +75,12 @@ class NormGrids(Quantizer):
     @property
     def present(self) -> NormFormat:
         """The format in evaluation: a channel that was constant in training must not explode at one odd value."""
-        if not bool(self.values > 0):
-            return self.format
-        bits = min(_WIDEST, max(0, math.ceil(math.log2(float(self.values)) / 2)))
-        return dataclasses.replace(self.format, integer_bits=bits)
+        bits = round(float(self.guard))
+        return dataclasses.replace(self.format, integer_bits=bits) if bits else self.format
+
+    def settle(self, reset: bool) -> None:
+        self.guard.ceil_()  # weight averaging leaves fractions
+        self.begun.fill_(float(self.on))
 
     def quantize(self, x: Tensor, rectify: bool = False) -> Tensor:
         return x
@@ -127,7 +131,7 @@ def fixed_norm(norm: Any, x: Tensor) -> Tensor:
     format = grids.format if by_batch else grids.present
     running = None if by_batch else (norm.running_mean, norm.running_var)
     y, mean, var = batch_norm(x, norm.weight, norm.bias, format, running, reduce, exponent=power)
-    if norm.training and not in_backward() and norm.running_mean is not None:
+    if norm.training and not in_backward() and norm.running_mean is not None and x.numel():
         _track(norm, grids, mean, var, power, x.numel() // x.shape[1])
     if norm.switch.tally is not None:
         deviation = var.clamp(min=0).sqrt()
@@ -143,7 +147,7 @@ def fixed_norm(norm: Any, x: Tensor) -> Tensor:
 @torch.no_grad()
 def _track(norm: Any, grids: NormGrids, mean: Tensor, var: Tensor, power: int, values: int) -> None:
     """Running statistics move towards those of the batch, and lie on their grid."""
-    grids.values.clamp_(min=float(values))
+    grids.guard.clamp_(min=min(_WIDEST, max(_LEAST_GUARD, math.ceil(math.log2(values) / 2))))
     norm.num_batches_tracked.add_(1)
     share = grids.momentum
     if share is None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lightning_lowbit import kernels
 from lightning_lowbit.modules.error_gate import ErrorQuantizer
@@ -17,7 +18,6 @@ from lightning_lowbit.modules.planes import Operand, Plane, together
 from lightning_lowbit.modules.quantizer import on
 from lightning_lowbit.modules.stored import StoredBias, StoredWeight
 from lightning_lowbit.modules.widths import WidthQuantizer, require_grid
-from lightning_lowbit.numerics.ste import gate_backward
 
 __all__ = ["multiplies_integers", "plane_layer"]
 
@@ -48,7 +48,8 @@ def plane_layer(layer: LowBitLayer, x: Tensor) -> Tensor:
         y: Tensor = _Product.apply(x, layer.weight, bias, layer)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     else:
         y = layer.op(x, on(layer.lowbit_weight, layer.weight), bias)
-        y = gate_backward(y, errors.quantize) if rounded and errors is not None else y
+        if rounded and errors is not None and y.requires_grad:
+            y.register_hook(errors.quantize)  # type: ignore[no-untyped-call]  # torch does not type it
     return on(layer.lowbit_output, on(layer.lowbit_accumulator, y))
 
 
@@ -77,12 +78,13 @@ class _Product(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         layer, products = ctx.layer, PRODUCTS[type(ctx.layer)]
         saved = list(ctx.saved_tensors)
         w = [Plane(codes, shift) for codes, shift in zip(saved[-len(ctx.shifts[1]) :], ctx.shifts[1], strict=True)]
         a = [Plane(codes, shift) for codes, shift in zip(saved[: -len(w)], ctx.shifts[0], strict=False)]
-        err: Operand = layer.lowbit_error.gate.operand(grad, layer.switch.run)
+        err: Operand = layer.lowbit_error.gate.operand(grad, layer.switch.run, layer.training)
         of_x, of_weight, of_bias = None, None, None
         with _backend(layer):
             if ctx.needs_input_grad[0]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lightning_lowbit.errors import InvariantError
 from lightning_lowbit.modules.base import Run, Site
@@ -18,7 +19,6 @@ from lightning_lowbit.modules.quantizer import in_backward
 from lightning_lowbit.numerics.direct import fixed_width_codes, fixed_width_values
 from lightning_lowbit.numerics.grid import Grid
 from lightning_lowbit.numerics.observers import AllReduce
-from lightning_lowbit.numerics.ste import gate_backward
 from lightning_lowbit.numerics.width_changes import Hysteresis
 from lightning_lowbit.numerics.widths import Criterion, Format, Policy, integer_bits
 
@@ -109,6 +109,11 @@ class WidthQuantizer(ObservedQuantizer):
         super().refresh()
         self.integer = round(float(self.width[0]))
 
+    def settle(self, reset: bool) -> None:
+        share = self.width[4].clone()
+        self.width.round_()  # weight averaging leaves fractions
+        self.width[0], self.width[4] = self.leader.integer, share
+
     def keep(self, integer: int) -> None:
         """Take over the integer bits that were decided for its tie."""
         for member in self.group:
@@ -125,11 +130,11 @@ class WidthQuantizer(ObservedQuantizer):
         if rectify and self.signed:  # tied to a tensor with negative values
             x, rectify = F.relu(x), False
         if rectify:
-            y = _Rectified.apply(x, fixed_width_values(x.detach(), f.fraction, bits=f.total, signed=False), self.errors)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            y = _Rectified.apply(x, f, self.errors)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         else:
             y = fixed_width_values(x, f.fraction, bits=f.total, signed=f.signed)
             if self.gate is not None and y.requires_grad:
-                y = gate_backward(y, self.errors)
+                y.register_hook(self.errors)  # type: ignore[no-untyped-call]  # torch does not type it
         if self.form.check:
             require_grid(self.site.key, y, f.fraction, f.limits)
         result: Tensor = y
@@ -140,7 +145,7 @@ class WidthQuantizer(ObservedQuantizer):
         if self.gate is None or not self.gate.on:
             return g
         run: Run = self.switch.run
-        return self.gate.values(g, run)
+        return self.gate.values(g, run, self.training)
 
     def operand(self, x: Tensor) -> Operand:
         """The codes of a tensor that has come by here."""
@@ -177,12 +182,13 @@ class _Rectified(torch.autograd.Function):
     """The rectified and rounded value; back, the rounded errors where x > 0."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, errors: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, f: Format, errors: Any) -> Tensor:
         ctx.errors = errors
         ctx.save_for_backward(x > 0)
-        return y.view_as(y)
+        return fixed_width_values(x, f.fraction, bits=f.total, signed=False)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
         (positive,) = ctx.saved_tensors
         e = ctx.errors(g)

@@ -102,7 +102,15 @@ class UpdateFormat:
     @property
     def stored_limit(self) -> int:
         """Largest stored code that an 8-bit weight represents: 127/128, 2^23 - 2^16 at 24 bits."""
-        return (1 << (self.weight - 1)) - (1 << (self.weight - _WEIGHT_BITS))
+        return self.limit_of(_WEIGHT_BITS)
+
+    def limit_of(self, bits: int) -> int:
+        """Largest stored code that a weight of so many bits represents."""
+        return (1 << (self.weight - 1)) - (1 << max(self.weight - bits, 0))
+
+    def limit(self, clip: bool | int) -> int:
+        """Where stored codes end: of weights of 8 (True) or ``clip`` bits, or (False) before int32 does."""
+        return _LARGEST if clip is False else self.limit_of(_WEIGHT_BITS if clip is True else clip)
 
     @property
     def sum_fraction(self) -> int:
@@ -176,7 +184,13 @@ def _notice(name: str, value: float, code: int, bits: int) -> str:
 
 
 def integer_step(
-    weight: Tensor, acc: Tensor, grad: Tensor, lr: int, momentum: int, format: UpdateFormat, clip_stored: bool = True
+    weight: Tensor,
+    acc: Tensor,
+    grad: Tensor,
+    lr: int,
+    momentum: int,
+    format: UpdateFormat,
+    clip_stored: bool | int = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One update; the tensors given stay as they are. See :func:`integer_step_`.
 
@@ -194,7 +208,13 @@ def integer_step(
 
 @torch.no_grad()
 def integer_step_(
-    weight: Tensor, acc: Tensor, grad: Tensor, lr: int, momentum: int, format: UpdateFormat, clip_stored: bool = True
+    weight: Tensor,
+    acc: Tensor,
+    grad: Tensor,
+    lr: int,
+    momentum: int,
+    format: UpdateFormat,
+    clip_stored: bool | int = True,
 ) -> Tensor:
     """One update in place, in slices: the scratch is some hundred kilobytes whatever the size of the layer.
 
@@ -211,20 +231,22 @@ def integer_step_(
         grad: codes of the quantized gradients, integers of the same shape. In a format that does not close |g| < 2^24.
         lr, momentum: codes of the learning rate and the momentum, from :func:`learning_rate_code` and
             :func:`momentum_code`.
-        clip_stored: keep |weight| <= ``format.stored_limit``, the last value that an 8-bit weight tells apart. Without,
+        clip_stored: keep |weight| <= ``format.limit_of(bits)``, the last value that a weight of so many bits (True: 8)
+            tells apart. False:
             codes still stop at +-2^30, before int32 overflows.
     Returns:
-        number of weights at or beyond ``format.stored_limit``, int64 0-dim, on the weights' device.
+        number of weights at or beyond that value (of 8 bits where none is given), int64 0-dim, on the weights' device.
     """
     _check(weight, acc, grad)
     narrow = acc.dtype == torch.int16 and grad.dtype != torch.int32 and format.closes
     # full <= (mom + 1) 2^15: the step then stays below 2^30, and full is exact in float32.
     step = _narrow_step if narrow and (momentum + 1) * lr <= 2**15 else _wide_step
-    limit = format.stored_limit if clip_stored else _LARGEST
+    limit = format.limit(clip_stored)
+    end = limit if clip_stored else format.stored_limit
     saturated = torch.zeros((), dtype=torch.int64, device=weight.device)
     for w, a, g in _slices(weight, acc, grad):
         step(w, a, g, lr, momentum, format, limit)
-        saturated += (w.abs() >= format.stored_limit).sum()
+        saturated += (w.abs() >= end).sum()
     return saturated
 
 
@@ -246,7 +268,13 @@ def _wide_step(w: Tensor, acc: Tensor, g: Tensor, lr: int, momentum: int, format
 
 
 def float_step(
-    weight: Tensor, acc: Tensor, grad: Tensor, lr: int, momentum: int, format: UpdateFormat, clip_stored: bool = True
+    weight: Tensor,
+    acc: Tensor,
+    grad: Tensor,
+    lr: int,
+    momentum: int,
+    format: UpdateFormat,
+    clip_stored: bool | int = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same update on values instead of codes, as the paper writes it.
 
@@ -266,9 +294,10 @@ def float_step(
     full = acc * (momentum * 2.0 ** (1 - format.momentum)) + grad
     weight = weight - full * (lr * 2.0 ** (1 - format.learning_rate))
     codes = round_to(weight / weight_unit)
+    limit = format.limit(clip_stored) if clip_stored else format.stored_limit
     if clip_stored:
-        codes = codes.clamp(-format.stored_limit, format.stored_limit)
-    saturated = (codes.abs() >= format.stored_limit).sum()
+        codes = codes.clamp(-limit, limit)
+    saturated = (codes.abs() >= limit).sum()
     return codes * weight_unit, round_to(full / acc_unit) * acc_unit, saturated
 
 
@@ -284,8 +313,8 @@ def store(codes: Tensor, format: UpdateFormat, out: Tensor | None = None) -> Ten
         return out.copy_(codes).mul_(2.0 ** (1 - format.weight))
 
 
-def recover(weight: Tensor, format: UpdateFormat, clip_stored: bool = False) -> Tensor:
-    """Codes of a float parameter, int32: nearest, ties to even, within +-2^30 (or ``stored_limit``, where clipped).
+def recover(weight: Tensor, format: UpdateFormat, clip_stored: bool | int = False) -> Tensor:
+    """Codes of a float parameter, int32: nearest, ties to even, within +-2^30 (or ``limit_of``, where clipped).
 
     The inverse of :func:`store` for |code| <= 2^24. Every float32 is scaled without error, so a float checkpoint is
     rounded once; NaN has no code.
@@ -296,7 +325,7 @@ def recover(weight: Tensor, format: UpdateFormat, clip_stored: bool = False) -> 
     >>> recover(torch.tensor([1.5 * 2.0**-23, 2.5 * 2.0**-23, 1000.0, 1.0]), UpdateFormat()).tolist()
     [2, 2, 1073741824, 8388608]
     """
-    limit = format.stored_limit if clip_stored else _LARGEST
+    limit = format.limit(clip_stored)
     w = weight.detach() if weight.dtype == torch.float64 else weight.detach().to(torch.float32)
     return round_to(w * 2.0 ** (format.weight - 1)).clamp_(-limit, limit).to(torch.int32)
 

@@ -12,10 +12,10 @@ __all__ = ["pass_through"]
 
 class _PassThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor, inside: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, value: Tensor | tuple[Tensor], inside: Tensor | None) -> Tensor:
         ctx.dtype = x.dtype
         ctx.save_for_backward(inside)
-        return value.view_as(value)
+        return value.view_as(value) if isinstance(value, Tensor) else value[0]
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -41,4 +41,6 @@ def pass_through(x: Tensor, value: Tensor, inside: Tensor | None = None) -> Tens
     """
     if not (torch.is_grad_enabled() and x.requires_grad):
         return value
-    return _PassThrough.apply(x, value, inside)  # type: ignore[no-untyped-call, no-any-return]  # torch leaves it untyped
+    # In a tuple it is no argument whose view comes back, and may be overwritten later; compilers know tensors only.
+    given = value if torch.compiler.is_compiling() or value is x else (value,)
+    return _PassThrough.apply(x, given, inside)  # type: ignore[no-untyped-call, no-any-return]  # torch leaves it untyped

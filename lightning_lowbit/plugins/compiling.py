@@ -33,8 +33,8 @@ def compile_in_place(model: nn.Module, patches: Patches) -> None:
     if not _has_compiler():
         rank_zero_info("lightning_lowbit: compile=True, but there is no C++ compiler (g++ or $CXX): running eager.")
         return
-    if all(module.scheme.carries_errors for _, module in low_bit_modules(model)):
-        # Between integer layers there is no float operation to fuse: what gains is compiled by the kernels themselves,
+    if all(module.scheme.integer_kernels for _, module in low_bit_modules(model)):
+        # Around integer products there is no float operation to fuse: what gains is compiled by the kernels themselves,
         # large tensors by default and now the small ones too.
         patches.set(fusion, "chosen_policies", ["always"])
         return

@@ -13,9 +13,10 @@ import torch
 from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
 
-from lightning_lowbit.modules.base import StepContext, UpdateRule, low_bit_modules, switch_of
+from lightning_lowbit.modules.base import LowBitModule, StepContext, UpdateRule, low_bit_modules, switch_of
 from lightning_lowbit.modules.convert import quantizers
 from lightning_lowbit.modules.layers import LowBitLayer
+from lightning_lowbit.modules.quantizer import Quantizer
 
 __all__ = ["LowBitPrecision", "low_bit", "lowbit_step", "owned_modules", "rule_of"]
 
@@ -26,10 +27,18 @@ _STEPS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 def rule_of(model: nn.Module, renew: bool = False) -> UpdateRule | None:
     """The update rule of a converted network, made when it is first asked for (or anew)."""
     if renew or model not in _RULES:
-        modules = dict(low_bit_modules(model))
-        scheme = next((module.scheme for module in modules.values()), None)
-        _RULES[model] = None if scheme is None else scheme.update_rule(dict(modules))
+        scheme = next((module.scheme for _, module in low_bit_modules(model)), None)
+        _RULES[model] = None if scheme is None else scheme.update_rule(_holders(model))
     return _RULES[model]
+
+
+def _holders(model: nn.Module) -> dict[str, nn.Module]:
+    """Low-bit modules by path, and the user's own whose result a quantizer stands behind."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, LowBitModule) or any(isinstance(child, Quantizer) for child in module.children())
+    }
 
 
 def owned_modules(model: nn.Module, optimizer: torch.optim.Optimizer) -> set[str]:
@@ -38,7 +47,7 @@ def owned_modules(model: nn.Module, optimizer: torch.optim.Optimizer) -> set[str
     Norms and operations go with the layer that stands nearest to them (the longest common path).
     """
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    modules = dict(low_bit_modules(model))  # one walk: this runs in every step
+    modules = _holders(model)  # one walk: this runs in every step
     # A pruned layer's weight is computed; the parameter behind it has this name in torch.
     layers = {
         path: id(getattr(m, "weight_orig", m.weight)) in held

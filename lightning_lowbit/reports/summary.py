@@ -136,7 +136,11 @@ def claims(module: nn.Module, report: Summary) -> list[str]:
     ]
     if floats:
         reasons.append(f"{len(floats)} layers read floats ({floats[0]} first)")
-    norms = sum(getattr(part, "island", False) and not part.scheme.carries_errors for part in low)
+    norms = sum(
+        getattr(part, "island", False)
+        and not (part.scheme.carries_errors or hasattr(part.lowbit_accumulator, "formats"))
+        for part in low
+    )
     if norms:
         reasons.append(f"{norms} float batch norms between integer sums")
     kept = sum(isinstance(part, _BatchNorm) and not isinstance(part, LowBitModule) for part in module.modules())

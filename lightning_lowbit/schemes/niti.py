@@ -100,6 +100,7 @@ class Niti(Scheme):
 
     name: ClassVar[str] = "niti"
     carries_errors: ClassVar[bool] = True
+    integer_kernels: ClassVar[bool] = True
     reproducible: ClassVar[bool] = True
 
     mu: int | tuple[int, ...] | None = None

@@ -10,14 +10,14 @@ from torch import nn
 
 from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.modules.base import low_bit_modules
+from lightning_lowbit.modules.layers import LowBitLayer
 from lightning_lowbit.modules.stored import StoredWeight
 from lightning_lowbit.numerics.momentum import UpdateFormat, learning_rate_notice, momentum_notice
 from lightning_lowbit.numerics.step_size import finetune_lr, suggest_lr
 
 __all__ = ["Notices", "advise_lr", "lr_notice"]
 
-_TOO_SHORT = 3.0  # standard deviations of a layer's weights, over the whole run
-_GOOD = 30.0
+_GOOD = 30.0  # standard deviations of a layer's weights, over the whole run
 
 
 def advise_lr(model: nn.Module, steps: int | None = None, dr: int = 128, momentum: float = 0.25) -> float:
@@ -32,20 +32,24 @@ def advise_lr(model: nn.Module, steps: int | None = None, dr: int = 128, momentu
     Raises:
         ConfigError: nothing that such an update moves.
     """
-    found = [module.lowbit_weight for _, module in low_bit_modules(model) if hasattr(module, "lowbit_weight")]
-    spread = [float(q.layer.weight.detach().std()) * 2.0**-q.power for q in found if isinstance(q, StoredWeight)]
+    layers = [module for _, module in low_bit_modules(model) if isinstance(module, LowBitLayer)]
+    stored = [layer.lowbit_weight for layer in layers if isinstance(layer.lowbit_weight, StoredWeight)]
+    spread = [float(weight.layer.weight.detach().std()) * 2.0**-weight.power for weight in stored]
     if not spread:
         raise ConfigError(
             f"advise_lr: {type(model).__name__} has no layer with a stored weight. Convert it first: "
             "lightning_lowbit.convert(module, 'wageubn', example_input=batch)."
         )
-    mean = sum(spread) / len(spread)
-    return finetune_lr(mean, dr) if steps is None else suggest_lr(mean, steps, dr, momentum)
+    mean, format = sum(spread) / len(spread), layers[0].scheme.update_format  # type: ignore[attr-defined]  # Wageubn's
+    if steps is None:
+        return finetune_lr(mean, dr, grad_bits=format.gradient, lr_bits=format.learning_rate)
+    return suggest_lr(mean, steps, dr, momentum, grad_bits=format.gradient, lr_bits=format.learning_rate)
 
 
 def lr_notice(
-    spread: Sequence[float], lr: float, momentum: float, dr: int, format: UpdateFormat, steps: int | None
-) -> str:
+    spread: Sequence[float], lr: float, momentum: float, dr: int, format: UpdateFormat, steps: int | None,
+    least: float = 8.0,
+) -> str:  # fmt: skip
     """One sentence where a run's steps carry a weight so little that it cannot learn, else ''.
 
     Args:
@@ -54,6 +58,7 @@ def lr_notice(
         dr: range of quantized gradients.
         format: of the update.
         steps: of the run; None where it has no end.
+        least: deviations that are enough: some from scratch, fewer where weights come from elsewhere.
 
     >>> lr_notice([0.1], 0.01, 0.25, 128, UpdateFormat(), 200)
     'learning rate 0.01 carries a weight at most 0.21 standard deviations in 200 steps; 0.998 carries it 20.8'
@@ -64,7 +69,7 @@ def lr_notice(
         return ""
     mean = sum(spread) / len(spread)
     reach = steps * dr * 2.0 ** (1 - format.gradient) / (1 - min(momentum, 0.75)) / mean
-    if not mean or reach * lr >= _TOO_SHORT or lr <= 0:
+    if not mean or reach * lr >= least or lr <= 0:
         return ""
     better = suggest_lr(mean, steps, dr, min(momentum, 0.75), _GOOD, format.gradient, format.learning_rate)
     return (
@@ -85,6 +90,7 @@ class Notices:
         self.said: set[str] = set()
         self.news: list[str] = []
         self.rates: dict[int, float] = {}  # by a group's first parameter, of its last step
+        self.largest = 0.0  # rate so far
 
     def first(self, topic: str) -> bool:
         """Whether it comes up for the first time."""
@@ -111,7 +117,7 @@ class Notices:
             self.warn(f"rate {first}", raised)
         else:
             self.tell("rate", raised)
-        self.rates[first] = lr
+        self.rates[first], self.largest = lr, max(lr, self.largest)
         self.tell(f"momentum {momentum}", momentum_notice(momentum, self.format))
         unknown = [name for name in ("nesterov", "dampening", "betas", "amsgrad", "alpha") if group.get(name)]
         if unknown:

@@ -88,6 +88,7 @@ class Wageubn(Scheme):
         exact: refuse widths with which the update would round.
         gradients: whether gradients of weights are quantized.
         update: "integer" momentum, "fake" (the user's optimizer, then the stored grid) or "float".
+        lr_scale: times the optimizer's learning rate is that of the update: for an optimizer whose own rate is small.
         momentum: of the update; None takes that of the optimizer's group.
         clip_stored: stored weights stay within the range of the 8-bit ones.
         dr: ranges of quantized gradients, powers of two.
@@ -104,6 +105,7 @@ class Wageubn(Scheme):
 
     name: ClassVar[str] = "wageubn"
     runs_norms: ClassVar[bool] = True
+    integer_kernels: ClassVar[bool] = True
 
     preset: str | None = None
     bits: int | None = None
@@ -137,6 +139,7 @@ class Wageubn(Scheme):
     exact: bool = True
     gradients: bool | None = None
     update: Literal["integer", "fake", "float"] | None = None
+    lr_scale: float = 1.0
     momentum: float | None = None
     clip_stored: bool | None = None
     dr: tuple[int, ...] | None = None
@@ -155,7 +158,8 @@ class Wageubn(Scheme):
     def __post_init__(self) -> None:
         settings = dict(DEFAULTS) if self.preset is None else DEFAULTS | settings_of(self.preset)
         if self.bits is not None:
-            settings |= {"weight_bits": self.bits, "act_bits": self.bits, "e1": f"shift{self.bits}"}
+            settings |= {"weight_bits": self.bits, "act_bits": self.bits}
+            settings["e1"] = settings["e1"] if settings["e1"] == "off" else f"shift{self.bits}"
         for option, value in settings.items():
             if getattr(self, option) is None:
                 object.__setattr__(self, option, value)
@@ -177,6 +181,7 @@ class Wageubn(Scheme):
         check_flags(self, "clip_to_one", "sync_range", "norms", "exact", "gradients", "clip_stored", "check")
         check_number(cls, "percentile", self.percentile, 0.001, 100)
         check_number(cls, "width_share", self.width_share, 0, 0.5)
+        check_number(cls, "lr_scale", self.lr_scale, 2.0**-16, 2.0**16)
         check_whole(cls, "width_patience", self.width_patience, 1, 10**9)
         check_whole(cls, "seed", self.seed, 0, 2**63 - 1)
         for option in ("momentum", "norm_momentum"):
@@ -234,7 +239,7 @@ class Wageubn(Scheme):
         if options.get("preset") is not None:  # says all anew that presets say
             options = {**dict.fromkeys((*DEFAULTS, "momentum", "norm_momentum")), **options}
         if options.get("bits") is not None:
-            options = {"weight_bits": None, "act_bits": None, "e1": None, **options}
+            options = {"weight_bits": None, "act_bits": None, "e1": "off" if self.e1 == "off" else None, **options}
         return super().replace(**options)
 
     # -- formats -----------------------------------------------------------------------------------------------
@@ -304,7 +309,7 @@ class Wageubn(Scheme):
     def _activation(self, site: Site) -> Quantizer | None:
         rectifies = site.op in _ACTIVATIONS and site.slot == "lowbit_output"
         wanted = {
-            "input": site.source is None,
+            "input": site.source is None or site.dropped,
             "output": rectifies or site.multiplied or self.io == "strict" or (site.op in _SUMS and self.io != "none"),
             "operand": rectifies or site.multiplied or self.io == "strict" or (site.op in _SUMS and self.io != "none"),
             "result": rectifies or self.io == "strict",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lowbit.errors import ConfigError, InvariantError
-from lightning_lowbit.modules.base import StepContext, UpdateRule, switch_of
+from lightning_lowbit.modules.base import LowBitModule, StepContext, UpdateRule
 from lightning_lowbit.modules.error_gate import ErrorQuantizer
 from lightning_lowbit.modules.fixed_norm import NormGrids
 from lightning_lowbit.modules.stored import StoredBias, StoredWeight
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ClosedRule"]
 
+_LARGEST_STORED = 2**30  # of the codes of gamma, beta and biases
 _LARGEST_GRADIENT = 2**24  # codes of gradients of norms and biases, which are not brought to a range
 
 
@@ -91,6 +92,7 @@ class ClosedRule(UpdateRule):
     def __init__(self, scheme: Wageubn, modules: dict[str, nn.Module]) -> None:
         self.scheme, self.format = scheme, scheme.update_format
         self.stored = _parameters(modules)
+        self.places = {name: place for place, name in enumerate(self.stored)}
         self.names = {id(entry.parameter): name for name, entry in self.stored.items()}
         held = [child for module in modules.values() for child in module.children()]
         held += [
@@ -102,7 +104,7 @@ class ClosedRule(UpdateRule):
         self.gates = [
             child.gate for child in unique if isinstance(child, (ErrorQuantizer, WidthQuantizer)) and child.gate
         ]
-        self.switch = switch_of(nn.ModuleList(modules.values()))
+        self.switch = next(module.switch for module in modules.values() if isinstance(module, LowBitModule))
         self.dr = Values("dr", scheme.dr or (128,))
         self.begun = True
         self.masters: dict[str, Tensor] = {}
@@ -111,6 +113,7 @@ class ClosedRule(UpdateRule):
         self.taken: dict[str, _Taken] = {}
         self.skipped = 0
         self._skips = False  # this step
+        self._drawn: dict[str, tuple[int, int]] = {}  # step and number of a parameter's last update
         self.notices = Notices(self.format)
 
     def milestone(self, what: str, reached: bool, when: int) -> None:
@@ -140,11 +143,9 @@ class ClosedRule(UpdateRule):
         elif self.begun and self.scheme.gradients:
             for name, parameter in self._held(optimizer):
                 if self.stored[name].weight and parameter.grad is not None:
-                    bits = self.format.gradient
-                    value = constant_quantize(
-                        parameter.grad, self._draws(name, parameter.grad, context), dr=self.dr.now, bits=bits
-                    )[0]
-                    parameter.grad.copy_(value * context.grad_scale)
+                    gradient, draws = parameter.grad, self._draws(name, parameter.grad, context)
+                    value, _ = constant_quantize(gradient, draws, dr=self.dr.now, bits=self.format.gradient)
+                    gradient.copy_(value * context.grad_scale)
 
     def _held(self, optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
         every = [p for group in optimizer.param_groups for p in group["params"]]
@@ -153,7 +154,7 @@ class ClosedRule(UpdateRule):
     def _finds_nonfinite(self, optimizer: torch.optim.Optimizer, context: StepContext) -> bool:
         """Whether any process met a value that is none, in this step's gradients, errors or activations."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        found = [~torch.isfinite(g).all() for g in gradients]
+        found = [~torch.isfinite(g.coalesce().values() if g.is_sparse else g).all() for g in gradients]
         found += [~torch.isfinite(q.width[-1]) for q in self.widths]  # their reach
         errors, self.switch.run.nonfinite = self.switch.run.nonfinite, 0
         device = found[0].device if found else torch.device("cpu")
@@ -162,20 +163,23 @@ class ClosedRule(UpdateRule):
 
     def _skip(self, optimizer: torch.optim.Optimizer, context: StepContext) -> None:
         self.skipped += 1
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
-        if context.grad_scale == 1.0:  # a gradient scaler looks for its scale this way
-            self.notices.warn(
-                "skipped", f"step {context.step}: NaN or infinite values in gradients, errors or activations. The step "
-                "is left out and counted (skipped_steps); look at the batch, the loss and the learning rate."
-            )  # fmt: skip
+        every = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if context.grad_scale != 1.0:  # a gradient scaler looks for its scale this way, in the gradients
+            next(p.grad for p in every if p.grad is not None).fill_(torch.inf)
+            return
+        for parameter in every:
+            parameter.grad = None
+        self.notices.warn(
+            "skipped",
+            f"step {context.step}: NaN or infinite values in gradients, errors or activations. The step is left out "
+            "and counted (skipped_steps); look at the batch, the loss and the learning rate.",
+        )
 
     def _take(self, optimizer: torch.optim.Optimizer, context: StepContext) -> None:
         for group in optimizer.param_groups:
             momentum = self.scheme.momentum
             momentum = float(group.get("momentum", 0.25)) if momentum is None else momentum
-            lr, decay = float(group["lr"]), float(group.get("weight_decay", 0.0))
+            lr, decay = float(group["lr"]) * self.scheme.lr_scale, float(group.get("weight_decay", 0.0))
             taken = False
             for parameter in group["params"]:
                 name = self.names.get(id(parameter))
@@ -185,14 +189,18 @@ class ClosedRule(UpdateRule):
                 self.taken[name], parameter.grad, taken = _Taken(gradient, lr, momentum, decay), None, True
             if taken:
                 self.notices.of_group(group, lr, momentum)
-                if self.notices.first("carries"):
-                    reach = lr_notice(self._spread(group), lr, momentum, self.dr.now, self.format, context.total_steps)
-                    self.notices.tell("reach", reach)
+                self._tell_reach(group, momentum, context)
 
-    def _spread(self, group: dict[str, Any]) -> list[float]:
-        """Standard deviations of a group's layers' weights, in units of their ranges."""
+    def _tell_reach(self, group: dict[str, Any], momentum: float, context: StepContext) -> None:
+        """Behind a tenth of the run, where a warm-up is over: how far the largest rate so far carries weights."""
+        steps = context.total_steps
+        if steps is None or context.step < steps // 10 or not self.notices.first("reach"):
+            return
         ours = [self.stored[self.names[id(p)]] for p in group["params"] if id(p) in self.names]
-        return [float(e.parameter.detach().std()) * 2.0**-e.power for e in ours if e.weight]
+        spread = [float(e.parameter.detach().std()) * 2.0**-e.power for e in ours if e.weight]
+        least = 2.0 if self.scheme.weight_range == "fit" else 8.0
+        words = lr_notice(spread, self.notices.largest, momentum, self.dr.now, self.format, steps, least)
+        self.notices.tell("carries", words)
 
     @torch.no_grad()
     def step(self, owned: set[str], context: StepContext) -> None:
@@ -213,7 +221,7 @@ class ClosedRule(UpdateRule):
         master = self._master(name, entry)
         acc = self.accumulators.get(name)
         if acc is None:
-            acc = torch.zeros_like(master, dtype=torch.int16 if entry.weight else torch.int32)
+            acc = torch.zeros_like(master, dtype=torch.int16 if entry.weight and self._fits_int16() else torch.int32)
             self.accumulators[name] = acc
         lr, momentum = learning_rate_code(taken.lr, self.format), momentum_code(taken.momentum, self.format)
         self.saturated[name] = integer_step_(master, acc, codes, lr, momentum, self.format, self._clips(entry))
@@ -240,19 +248,36 @@ class ClosedRule(UpdateRule):
         injected = self.switch.run.injected
         if injected is not None:
             return injected(name, "gradient", 1, like.numel()).reshape(like.shape).to(like.device)
-        place = list(self.stored).index(name)
-        return uniform_draws(combine(self.scheme.seed, context.step, place), like)
+        step, times = self._drawn.get(name, (context.step, 0))
+        times = times + 1 if step == context.step else 1
+        self._drawn[name] = context.step, times
+        again = (times,) if times > 1 else ()  # several updates in one batch, each with numbers of its own
+        return uniform_draws(combine(self.scheme.seed, context.step, self.places[name], *again), like)
+
+    def _fits_int16(self) -> bool:
+        """Whether accumulators of weights do: they never exceed the largest gradient."""
+        finer = self.format.accumulator - self.format.gradient
+        return max(self.scheme.dr or (128,)) * 2.0**finer < 2**15
 
     def _master(self, name: str, entry: Stored) -> Tensor:
         """Stored codes. Where somebody else has written to the parameter (a load, a hook) they begin at its values."""
         known = self.masters.get(name)
         if known is None or not torch.equal(self._shown(entry, known), entry.parameter):
-            known = recover(entry.parameter.detach() * 2.0**-entry.power, self.format, self._clips(entry))
+            value = entry.parameter.detach() * 2.0**-entry.power
+            known = recover(value, self.format, self._clips(entry))
+            if not entry.weight and float(value.abs().max()) * 2.0 ** (self.format.weight - 1) > _LARGEST_STORED:
+                most = _LARGEST_STORED * 2.0 ** (1 - self.format.weight)
+                raise ConfigError(
+                    f"{name}: got a value of {float(value.abs().max()):g}, expected at most {most:g}, which is what "
+                    f"{self.format.weight} stored bits hold. Take fewer stored_bits, leave the layer float with skip=, "
+                    "or take update='fake'."
+                )
             self.masters[name] = known
         return known
 
-    def _clips(self, entry: Stored) -> bool:
-        return bool(entry.weight and self.scheme.clip_stored)
+    def _clips(self, entry: Stored) -> int | bool:
+        """The bits that a stored weight is clipped to; False of what is not."""
+        return False if entry.quantizer is None or not self.scheme.clip_stored else entry.quantizer.bits
 
     def _shown(self, entry: Stored, master: Tensor) -> Tensor:
         return store(master, self.format).mul_(2.0**entry.power).to(entry.parameter.dtype)
