@@ -20,7 +20,7 @@ from lightning_lowbit.cli import main
 from lightning_lowbit.demos import DigitsCnn, DigitsData
 from lightning_lowbit.reports.certificate import read_certificate
 from lightning_lowbit.schemes.jacinto_presets import PRESETS, settings_of
-from lightning_lowbit.schemes.wageubn_presets import PRESETS as FULL_PRESETS
+from lightning_lowbit.schemes.wageubn_options import PRESETS as FULL_PRESETS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

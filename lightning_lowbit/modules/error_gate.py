@@ -69,22 +69,22 @@ class ErrorGate:
     def __init__(self, form: ErrorForm, name: str) -> None:
         self.form, self.name, self.on = form, name, True
 
-    def values(self, g: Tensor, run: Run, training: bool = True) -> Tensor:
-        """The errors ``g`` on their grid; as they are where one is not finite, noted in ``run`` if it is training."""
+    def values(self, g: Tensor, run: Run) -> Tensor:
+        """The errors ``g`` on their grid; as they are where one is not finite, which is noted in ``run``."""
         peak = self._peak(g, run)
         if self.form.kind == "flag":
             y, finite = flag_quantize(g, self.form.bits, peak=peak)
         else:
             y, finite = shift_quantize(g, self.form.bits, clip_to_one=self.form.clip_to_one, peak=peak)
-        _note(finite, run, training)
+        run.nonfinite = run.nonfinite + (~finite).to(torch.int64)
         if self.form.check and not self.form.clip_to_one and bool(finite):
             self._require_grid(y, self._operand(g, peak)[0])
         return y.to(g.dtype)
 
-    def operand(self, g: Tensor, run: Run, training: bool = True) -> Operand:
+    def operand(self, g: Tensor, run: Run) -> Operand:
         """The same as integers; zeros where one is not finite."""
         operand, finite = self._operand(g, self._peak(g, run))
-        _note(finite, run, training)
+        run.nonfinite = run.nonfinite + (~finite).to(torch.int64)
         return operand
 
     def _operand(self, g: Tensor, peak: Tensor | None) -> tuple[Operand, Tensor]:
@@ -109,11 +109,6 @@ class ErrorGate:
             raise InvariantError(f"{self.name}: errors are not on the {self.form.bits}-bit grid that they were put on.")
 
 
-def _note(finite: Tensor, run: Run, training: bool) -> None:
-    if training:
-        run.nonfinite = run.nonfinite + (~finite).to(torch.int64)
-
-
 class ErrorQuantizer(Quantizer):
     """Stands in a layer's slot for errors: what comes back to the layer's result.
 
@@ -129,7 +124,7 @@ class ErrorQuantizer(Quantizer):
         self.gate = ErrorGate(form, site.key)
 
     def quantize(self, x: Tensor, rectify: bool = False) -> Tensor:
-        return self.gate.values(x, self.switch.run, self.training)
+        return self.gate.values(x, self.switch.run)
 
     def exponent(self) -> Tensor:
         return torch.zeros((), dtype=torch.int32)

@@ -44,6 +44,7 @@ class NormGrids(Quantizer):
     """
 
     has_grid = False
+    whole = ("guard", "begun")
     guard: Tensor
     begun: Tensor
 
@@ -77,10 +78,6 @@ class NormGrids(Quantizer):
         """The format in evaluation: a channel that was constant in training must not explode at one odd value."""
         bits = round(float(self.guard))
         return dataclasses.replace(self.format, integer_bits=bits) if bits else self.format
-
-    def settle(self, reset: bool) -> None:
-        self.guard.ceil_()  # weight averaging leaves fractions
-        self.begun.fill_(float(self.on))
 
     def quantize(self, x: Tensor, rectify: bool = False) -> Tensor:
         return x
@@ -124,15 +121,16 @@ def fixed_norm(norm: Any, x: Tensor) -> Tensor:
         return norm.op(x)  # type: ignore[no-any-return]
     norm._check_input_dim(x)
     by_batch = norm.training or norm.running_mean is None
-    if by_batch and x.numel() == x.shape[1]:
-        raise ValueError(f"{norm.path}: expected more than one value per channel in training, got {tuple(x.shape)}")
     run, power = norm.switch.run, grids.power
+    values = x.numel() // x.shape[1] * (run.world if isinstance(norm, nn.SyncBatchNorm) else 1)  # of a channel
+    if by_batch and values == 1:
+        raise ValueError(f"{norm.path}: expected more than one value per channel in training, got {tuple(x.shape)}")
     reduce = run.reduce_sum if isinstance(norm, nn.SyncBatchNorm) and run.world > 1 else None
     format = grids.format if by_batch else grids.present
     running = None if by_batch else (norm.running_mean, norm.running_var)
     y, mean, var = batch_norm(x, norm.weight, norm.bias, format, running, reduce, exponent=power)
     if norm.training and not in_backward() and norm.running_mean is not None and x.numel():
-        _track(norm, grids, mean, var, power, x.numel() // x.shape[1])
+        _track(norm, grids, mean, var, power, values)
     if norm.switch.tally is not None:
         deviation = var.clamp(min=0).sqrt()
         shape = (1, -1, *[1] * (x.dim() - 2))

@@ -45,6 +45,8 @@ def plane_layer(layer: LowBitLayer, x: Tensor) -> Tensor:
     errors = layer.lowbit_error
     rounded = isinstance(errors, ErrorQuantizer) and errors.gate.on
     if multiplies_integers(layer) and (rounded or not torch.is_grad_enabled()):
+        if layer.switch.tally is not None and layer.lowbit_weight is not None:
+            layer.switch.tally.count(layer.lowbit_weight, layer.weight)
         y: Tensor = _Product.apply(x, layer.weight, bias, layer)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     else:
         y = layer.op(x, on(layer.lowbit_weight, layer.weight), bias)
@@ -84,7 +86,7 @@ class _Product(torch.autograd.Function):
         saved = list(ctx.saved_tensors)
         w = [Plane(codes, shift) for codes, shift in zip(saved[-len(ctx.shifts[1]) :], ctx.shifts[1], strict=True)]
         a = [Plane(codes, shift) for codes, shift in zip(saved[: -len(w)], ctx.shifts[0], strict=False)]
-        err: Operand = layer.lowbit_error.gate.operand(grad, layer.switch.run, layer.training)
+        err: Operand = layer.lowbit_error.gate.operand(grad, layer.switch.run)
         of_x, of_weight, of_bias = None, None, None
         with _backend(layer):
             if ctx.needs_input_grad[0]:

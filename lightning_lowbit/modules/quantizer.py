@@ -31,6 +31,7 @@ class Quantizer(nn.Module):
 
     waits: bool = False  # its turn comes behind calibration, which leaves it open
     has_exponent: bool = True  # False where its step is no power of two
+    whole: tuple[str, ...] = ()  # buffers of whole numbers, which an average of networks has no use for
     has_grid: bool = True  # False for what only stands in a quantizer's place
     initialized: Tensor
     negative: Tensor

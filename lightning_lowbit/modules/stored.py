@@ -42,6 +42,7 @@ class StoredWeight(Quantizer):
 
     layer: Any
     scale: Tensor
+    whole = ("scale",)
 
     def __init__(self, site: Site, bits: int, range: WeightRange) -> None:
         super().__init__(site)

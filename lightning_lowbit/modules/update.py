@@ -64,8 +64,8 @@ class UpdateRule(ABC):
     def end_run(self) -> None:  # noqa: B027  # optional
         """The run is over: what it held back is free again."""
 
-    def before_batch(self) -> None:  # noqa: B027  # optional
-        """A training batch begins."""
+    def before_batch(self, continues: bool) -> None:  # noqa: B027  # optional
+        """A training batch begins; ``continues``: its gradients are added to those of the batch before."""
 
     def after_batch(self, context: StepContext) -> None:  # noqa: B027  # optional
         """A training batch has ended, whether or not an optimizer stepped in it."""
@@ -88,6 +88,10 @@ class UpdateRule(ABC):
 
     def news(self) -> list[str]:
         """What a user should hear of now, each thing once."""
+        return []
+
+    def notes(self) -> list[str]:
+        """What the report of the run says of its updates."""
         return []
 
     def stopped(self) -> list[str]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_lowbit.errors import InvariantError
+from lightning_lowbit.errors import ConfigError, InvariantError
 from lightning_lowbit.modules.base import Run, Site
 from lightning_lowbit.modules.error_gate import ErrorForm, ErrorGate
 from lightning_lowbit.modules.observed import ObservedQuantizer
@@ -66,6 +66,7 @@ class WidthQuantizer(ObservedQuantizer):
     """
 
     width: Tensor
+    whole = ("width",)
 
     def __init__(self, site: Site, form: WidthForm, error: ErrorForm | None = None) -> None:
         super().__init__(site)
@@ -74,8 +75,7 @@ class WidthQuantizer(ObservedQuantizer):
         self.integer = form.integer or 0
         self.gate = None if error is None else ErrorGate(error, site.key)
         self.register_buffer("width", self.rule.start(self.integer))
-        if form.integer is not None:
-            self.rule.freeze(self.width)
+        self.rule.freeze(self.width, form.integer is not None)
 
     # -- the format ---------------------------------------------------------------------------------------
     @property
@@ -101,18 +101,26 @@ class WidthQuantizer(ObservedQuantizer):
         return self.format.grid()
 
     def share(self, group: Any, same_grid: bool) -> None:
-        for member in group:
-            if isinstance(member, WidthQuantizer):
-                member.same_grid = same_grid
+        members = [member for member in group if isinstance(member, WidthQuantizer)]
+        given = {m.site.path: m.form for m in members if m.form.integer is not None}
+        if len(set(given.values())) > 1:
+            raise ConfigError(
+                f"{', '.join(given)}: tensors that are joined have one format, and these were given different ones. "
+                "Give it for one of them."
+            )
+        for member in members:
+            member.same_grid = same_grid
+            member.take(next(iter(given.values()), self.form))
+
+    def take(self, form: WidthForm) -> None:
+        """The form of its tie."""
+        self.form, self.integer = form, form.integer or 0
+        self.width.copy_(self.rule.start(self.integer))
+        self.rule.freeze(self.width, form.integer is not None)
 
     def refresh(self) -> None:
         super().refresh()
         self.integer = round(float(self.width[0]))
-
-    def settle(self, reset: bool) -> None:
-        share = self.width[4].clone()
-        self.width.round_()  # weight averaging leaves fractions
-        self.width[0], self.width[4] = self.leader.integer, share
 
     def keep(self, integer: int) -> None:
         """Take over the integer bits that were decided for its tie."""
@@ -145,7 +153,7 @@ class WidthQuantizer(ObservedQuantizer):
         if self.gate is None or not self.gate.on:
             return g
         run: Run = self.switch.run
-        return self.gate.values(g, run, self.training)
+        return self.gate.values(g, run)
 
     def operand(self, x: Tensor) -> Operand:
         """The codes of a tensor that has come by here."""

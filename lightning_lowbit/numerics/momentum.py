@@ -31,7 +31,6 @@ __all__ = [
 ]
 
 _LARGEST = 2**30  # of a stored code: one step more still fits int32
-_WEIGHT_BITS = 8  # of the weights a layer computes with: the clip of the stored ones is theirs
 _SLICE = 1 << 16  # elements: a slice and its scratch share the L2 cache
 _BOUNDS = {
     "gradient": (2, 16),
@@ -99,18 +98,13 @@ class UpdateFormat:
             and self.weight == self.gradient + self.learning_rate - 1
         )
 
-    @property
-    def stored_limit(self) -> int:
-        """Largest stored code that an 8-bit weight represents: 127/128, 2^23 - 2^16 at 24 bits."""
-        return self.limit_of(_WEIGHT_BITS)
+    def stored_limit(self, bits: int | None = 8) -> int:
+        """Largest stored code: what a weight of so many bits represents, or (None) the last before int32 overflows.
 
-    def limit_of(self, bits: int) -> int:
-        """Largest stored code that a weight of so many bits represents."""
-        return (1 << (self.weight - 1)) - (1 << max(self.weight - bits, 0))
-
-    def limit(self, clip: bool | int) -> int:
-        """Where stored codes end: of weights of 8 (True) or ``clip`` bits, or (False) before int32 does."""
-        return _LARGEST if clip is False else self.limit_of(_WEIGHT_BITS if clip is True else clip)
+        >>> UpdateFormat().stored_limit() == 2**23 - 2**16, UpdateFormat().stored_limit(None) == 2**30
+        (True, True)
+        """
+        return _LARGEST if bits is None else (1 << (self.weight - 1)) - (1 << max(self.weight - bits, 0))
 
     @property
     def sum_fraction(self) -> int:
@@ -190,7 +184,7 @@ def integer_step(
     lr: int,
     momentum: int,
     format: UpdateFormat,
-    clip_stored: bool | int = True,
+    bits: int | None = 8,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One update; the tensors given stay as they are. See :func:`integer_step_`.
 
@@ -203,7 +197,7 @@ def integer_step(
     [[740, 8323072], [2, -2], 1]
     """
     weight, acc = weight.clone(), acc.clone()
-    return weight, acc, integer_step_(weight, acc, grad, lr, momentum, format, clip_stored)
+    return weight, acc, integer_step_(weight, acc, grad, lr, momentum, format, bits)
 
 
 @torch.no_grad()
@@ -214,7 +208,7 @@ def integer_step_(
     lr: int,
     momentum: int,
     format: UpdateFormat,
-    clip_stored: bool | int = True,
+    bits: int | None = 8,
 ) -> Tensor:
     """One update in place, in slices: the scratch is some hundred kilobytes whatever the size of the layer.
 
@@ -231,22 +225,20 @@ def integer_step_(
         grad: codes of the quantized gradients, integers of the same shape. In a format that does not close |g| < 2^24.
         lr, momentum: codes of the learning rate and the momentum, from :func:`learning_rate_code` and
             :func:`momentum_code`.
-        clip_stored: keep |weight| <= ``format.limit_of(bits)``, the last value that a weight of so many bits (True: 8)
-            tells apart. False:
-            codes still stop at +-2^30, before int32 overflows.
+        bits: of the weights that layers multiply with; stored ones end at the last value that these tell apart.
+            None: at +-2^30.
     Returns:
-        number of weights at or beyond that value (of 8 bits where none is given), int64 0-dim, on the weights' device.
+        number of weights at that end, int64 0-dim, on the weights' device.
     """
     _check(weight, acc, grad)
     narrow = acc.dtype == torch.int16 and grad.dtype != torch.int32 and format.closes
     # full <= (mom + 1) 2^15: the step then stays below 2^30, and full is exact in float32.
     step = _narrow_step if narrow and (momentum + 1) * lr <= 2**15 else _wide_step
-    limit = format.limit(clip_stored)
-    end = limit if clip_stored else format.stored_limit
+    limit = format.stored_limit(bits)
     saturated = torch.zeros((), dtype=torch.int64, device=weight.device)
     for w, a, g in _slices(weight, acc, grad):
         step(w, a, g, lr, momentum, format, limit)
-        saturated += (w.abs() >= end).sum()
+        saturated += (w.abs() >= limit).sum()
     return saturated
 
 
@@ -274,7 +266,7 @@ def float_step(
     lr: int,
     momentum: int,
     format: UpdateFormat,
-    clip_stored: bool | int = True,
+    bits: int | None = 8,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same update on values instead of codes, as the paper writes it.
 
@@ -294,9 +286,8 @@ def float_step(
     full = acc * (momentum * 2.0 ** (1 - format.momentum)) + grad
     weight = weight - full * (lr * 2.0 ** (1 - format.learning_rate))
     codes = round_to(weight / weight_unit)
-    limit = format.limit(clip_stored) if clip_stored else format.stored_limit
-    if clip_stored:
-        codes = codes.clamp(-limit, limit)
+    limit = format.stored_limit(bits)
+    codes = codes.clamp(-limit, limit)
     saturated = (codes.abs() >= limit).sum()
     return codes * weight_unit, round_to(full / acc_unit) * acc_unit, saturated
 
@@ -313,8 +304,8 @@ def store(codes: Tensor, format: UpdateFormat, out: Tensor | None = None) -> Ten
         return out.copy_(codes).mul_(2.0 ** (1 - format.weight))
 
 
-def recover(weight: Tensor, format: UpdateFormat, clip_stored: bool | int = False) -> Tensor:
-    """Codes of a float parameter, int32: nearest, ties to even, within +-2^30 (or ``limit_of``, where clipped).
+def recover(weight: Tensor, format: UpdateFormat, bits: int | None = None) -> Tensor:
+    """Codes of a float parameter, int32: nearest, ties to even, within +-``stored_limit(bits)``.
 
     The inverse of :func:`store` for |code| <= 2^24. Every float32 is scaled without error, so a float checkpoint is
     rounded once; NaN has no code.
@@ -325,7 +316,7 @@ def recover(weight: Tensor, format: UpdateFormat, clip_stored: bool | int = Fals
     >>> recover(torch.tensor([1.5 * 2.0**-23, 2.5 * 2.0**-23, 1000.0, 1.0]), UpdateFormat()).tolist()
     [2, 2, 1073741824, 8388608]
     """
-    limit = format.limit(clip_stored)
+    limit = format.stored_limit(bits)
     w = weight.detach() if weight.dtype == torch.float64 else weight.detach().to(torch.float32)
     return round_to(w * 2.0 ** (format.weight - 1)).clamp_(-limit, limit).to(torch.int32)
 

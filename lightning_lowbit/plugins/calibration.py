@@ -15,7 +15,7 @@ from lightning_lowbit.modules.convert import quantizers
 from lightning_lowbit.plugins.batches import drive
 from lightning_lowbit.plugins.distributed import all_reduce
 
-__all__ = ["calibrate_before_evaluation", "calibrate_on", "update_averages"]
+__all__ = ["calibrate_before_evaluation", "calibrate_on", "share_whole_numbers", "update_averages"]
 
 
 def calibrate_on(
@@ -89,3 +89,19 @@ def update_averages(trainer: Any, module: nn.Module, weights: bool = False) -> N
             twin = twins.get(f"{prefix}{path}")
             if twin is not None:
                 twin.load_state_dict(quantizer.state_dict())
+
+
+def share_whole_numbers(trainer: Any, module: nn.Module) -> None:
+    """Averaged copies hold the network's own integer bits and moments, not averages of them.
+
+    Before an evaluation, before a file is written and when an epoch ends: the next thing that reads them follows.
+    """
+    for callback in trainer.callbacks:
+        copy = getattr(callback, "_average_model", None)
+        twins = {} if copy is None else dict(getattr(copy, "module", copy).named_modules())
+        for path, quantizer in quantizers(module) if twins else ():
+            twin: Any = twins.get(path)
+            for name in quantizer.whole if twin is not None else ():
+                getattr(twin, name).copy_(getattr(quantizer, name))
+            if twin is not None and quantizer.whole:
+                twin.refresh()

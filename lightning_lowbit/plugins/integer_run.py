@@ -13,6 +13,7 @@ from lightning_lowbit.kernels import backend_report
 from lightning_lowbit.modules.base import Run, UpdateRule, switch_of
 from lightning_lowbit.modules.block import BlockRange, WeightCodes
 from lightning_lowbit.modules.convert import quantizers
+from lightning_lowbit.plugins.calibration import share_whole_numbers
 from lightning_lowbit.plugins.distributed import process_rank, reduce_max, reduce_sum, world_size
 from lightning_lowbit.plugins.sampler import is_blank
 
@@ -25,7 +26,8 @@ _NOT_FINITE = 128  # the range of a tensor that holds NaN or inf
 def begin_batch(trainer: Any, model: nn.Module, rule: UpdateRule | None, batch_idx: int) -> None:
     """Before a training batch: its number, and this process's place among the others."""
     if rule is not None:
-        rule.before_batch()
+        automatic = trainer.lightning_module.automatic_optimization
+        rule.before_batch(not automatic or batch_idx % trainer.accumulate_grad_batches != 0)
     run = switch_of(model).run
     run.reduce_max, run.reduce_sum, run.rank, run.world = reduce_max, reduce_sum, process_rank(), world_size()
     run.batch = trainer.fit_loop.epoch_loop.total_batch_idx
@@ -51,7 +53,7 @@ def renew_codes(model: nn.Module) -> None:
             quantizer.cache = None
 
 
-def settle(model: nn.Module, reset: bool) -> None:
+def settle(trainer: Any, model: nn.Module, reset: bool) -> None:
     """Evaluation takes over the largest ranges that training has seen; ``reset`` begins to watch anew.
 
     Ranges that training shares only now and then are shared: all processes, and a checkpoint, hold the same.
@@ -65,6 +67,7 @@ def settle(model: nn.Module, reset: bool) -> None:
     _check_finite([quantizer for quantizer in found if isinstance(quantizer, BlockRange)])
     for quantizer in found:
         quantizer.settle(reset)
+    share_whole_numbers(trainer, model)
 
 
 def _check_finite(ranges: list[BlockRange]) -> None:
@@ -107,6 +110,7 @@ def run_notes(model: nn.Module, rule: UpdateRule | None) -> list[str]:
             f"no longer learning: {', '.join(stopped)} (zero gradients in the last steps). A layer behind it is dead "
             "or saturated: look at its ranges above, lower mu, or start again from an earlier checkpoint"
         )
+    notes += [] if rule is None else rule.notes()
     run = switch_of(model).run
     if rule is not None and rule.logged() and run.float_errors:
         notes.append(

@@ -191,7 +191,7 @@ class Lifecycle(Callback):
             self._write(trainer, pl_module, checkpoint)
 
     def _write(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        settle(pl_module, reset=False)  # in place: the checkpoint's state dict holds these very buffers
+        settle(trainer, pl_module, reset=False)  # in place: the checkpoint's state dict holds these very buffers
         spec = write_spec(self.scheme, self.selection, switch_of(pl_module).conversion)
         if "optimizer_states" in checkpoint and self.schedule is not None:
             spec["run"] = {
@@ -278,7 +278,7 @@ class Lifecycle(Callback):
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         if self.rule is not None and self._steps_before_epoch == trainer.precision_plugin.lowbit_steps:
             checks.check_stepped(self.rule.waiting())
-        settle(pl_module, reset=True)
+        settle(trainer, pl_module, reset=True)
         log_rule(trainer, self.rule, "epoch")
 
     def _tick(self, trainer: Any, pl_module: Any) -> None:
@@ -326,7 +326,7 @@ class Lifecycle(Callback):
         if trainer.state.fn != "fit":
             self._before_evaluation(trainer, pl_module, trainer.validate_loop, "validation_step")
         elif not trainer.sanity_checking:
-            settle(pl_module, reset=False)
+            settle(trainer, pl_module, reset=False)
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
         self._before_evaluation(trainer, pl_module, trainer.test_loop, "test_step")
@@ -336,8 +336,7 @@ class Lifecycle(Callback):
 
     def _before_evaluation(self, trainer: Any, pl_module: Any, loop: Any, step: str) -> None:
         share_ignored(pl_module)
-        source = (self.calibration_loader, self.calibrate_batches)
-        if calibrate_before_evaluation(trainer, pl_module, loop, step, *source):
+        if calibrate_before_evaluation(trainer, pl_module, loop, step, self.calibration_loader, self.calibrate_batches):
             self._presence.expect(pl_module)
 
     def on_validation_batch_start(

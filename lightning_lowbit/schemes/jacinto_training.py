@@ -35,7 +35,7 @@ class RangeRule(UpdateRule):
     def step(self, owned: set[str], context: StepContext) -> None:
         """Nothing is updated outside the user's optimizer."""
 
-    def before_batch(self) -> None:
+    def before_batch(self, continues: bool) -> None:
         for norm in self.held:  # the user's code may have called train()
             norm.training = False
         for quantizer in self.ranges:

@@ -12,7 +12,7 @@ from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.modules.base import low_bit_modules
 from lightning_lowbit.modules.layers import LowBitLayer
 from lightning_lowbit.modules.stored import StoredWeight
-from lightning_lowbit.numerics.momentum import UpdateFormat, learning_rate_notice, momentum_notice
+from lightning_lowbit.numerics.momentum import UpdateFormat, learning_rate_notice, momentum_code, momentum_notice
 from lightning_lowbit.numerics.step_size import finetune_lr, suggest_lr
 
 __all__ = ["Notices", "advise_lr", "lr_notice"]
@@ -68,10 +68,11 @@ def lr_notice(
     if steps is None or not spread or not any(spread):
         return ""
     mean = sum(spread) / len(spread)
-    reach = steps * dr * 2.0 ** (1 - format.gradient) / (1 - min(momentum, 0.75)) / mean
+    momentum = momentum_code(momentum, format) * 2.0 ** (1 - format.momentum)
+    reach = steps * dr * 2.0 ** (1 - format.gradient) / (1 - momentum) / mean
     if not mean or reach * lr >= least or lr <= 0:
         return ""
-    better = suggest_lr(mean, steps, dr, min(momentum, 0.75), _GOOD, format.gradient, format.learning_rate)
+    better = suggest_lr(mean, steps, dr, momentum, _GOOD, format.gradient, format.learning_rate)
     return (
         f"learning rate {lr:g} carries a weight at most {reach * lr:.2g} standard deviations in {steps} steps; "
         f"{better:.3g} carries it {reach * better:.3g}"
@@ -120,6 +121,7 @@ class Notices:
         self.rates[first], self.largest = lr, max(lr, self.largest)
         self.tell(f"momentum {momentum}", momentum_notice(momentum, self.format))
         unknown = [name for name in ("nesterov", "dampening", "betas", "amsgrad", "alpha") if group.get(name)]
+        unknown += ["weight_decay"] if group.get("decoupled_weight_decay") and group.get("weight_decay") else []
         if unknown:
             names = ", ".join(unknown)
             self.tell(

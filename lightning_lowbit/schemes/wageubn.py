@@ -7,18 +7,15 @@ two. Layers multiply 8-bit integers forward and backward; the update closes in i
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.graph.ops import Kind
 from lightning_lowbit.modules.base import Milestone, Moment, Scheme, Site, UpdateRule
 from lightning_lowbit.modules.error_gate import ErrorForm, ErrorQuantizer
 from lightning_lowbit.modules.fixed_norm import NormGrids, fixed_norm
-from lightning_lowbit.modules.moments import check_moment
 from lightning_lowbit.modules.norm import LowBitBatchNorm, has_seen_data
 from lightning_lowbit.modules.plane_layers import multiplies_integers, plane_layer
 from lightning_lowbit.modules.quantizer import Quantizer
@@ -27,17 +24,9 @@ from lightning_lowbit.modules.widths import WidthForm, WidthQuantizer
 from lightning_lowbit.numerics.momentum import UpdateFormat
 from lightning_lowbit.numerics.normalize import NormFormat
 from lightning_lowbit.numerics.widths import Criterion, Policy
-from lightning_lowbit.schemes.options import (
-    check_bits,
-    check_choice,
-    check_flags,
-    check_number,
-    check_whole,
-    each_override,
-    require_matches,
-)
+from lightning_lowbit.schemes.options import require_matches
 from lightning_lowbit.schemes.values import value_milestones
-from lightning_lowbit.schemes.wageubn_presets import DEFAULTS, settings_of
+from lightning_lowbit.schemes.wageubn_options import DEFAULTS, OFF, check_options, settings_of
 
 if TYPE_CHECKING:
     from lightning_lowbit.graph.network import Flow
@@ -46,10 +35,8 @@ if TYPE_CHECKING:
 __all__ = ["Wageubn"]
 
 Backend = Literal["auto", "int8", "simulate", "reference", "cuda"]
-_OVERRIDABLE = ("weight_bits", "act_bits", "act_format")
 _ACTIVATIONS = (Kind.RELU, Kind.ACTIVATION)
 _SUMS = (Kind.ADD, Kind.CAT, Kind.AVG_POOL)
-_OFF = 32  # bits from which on a value is left as it is
 _SUM_BITS = 16  # of layers' results, where these are rounded
 
 
@@ -168,72 +155,7 @@ class Wageubn(Scheme):
         for option in ("dr", "dr_at"):
             value = getattr(self, option)
             object.__setattr__(self, option, tuple(value) if isinstance(value, (tuple, list)) else (value,))
-        self._check()
-
-    def _check(self) -> None:
-        cls = type(self)
-        for option in ("weight_bits", "act_bits", "bias_bits"):
-            check_bits(cls, option, getattr(self, option))
-        for option in (
-            "act_format", "act_init", "io", "weight_range", "update", "rounding", "first_last", "backend",
-        ):  # fmt: skip
-            check_choice(cls, option, getattr(self, option))
-        check_flags(self, "clip_to_one", "sync_range", "norms", "exact", "gradients", "clip_stored", "check")
-        check_number(cls, "percentile", self.percentile, 0.001, 100)
-        check_number(cls, "width_share", self.width_share, 0, 0.5)
-        check_number(cls, "lr_scale", self.lr_scale, 2.0**-16, 2.0**16)
-        check_whole(cls, "width_patience", self.width_patience, 1, 10**9)
-        check_whole(cls, "seed", self.seed, 0, 2**63 - 1)
-        for option in ("momentum", "norm_momentum"):
-            if getattr(self, option) is not None:
-                check_number(cls, option, getattr(self, option), 0, 0.999)
-        self._check_stages()
-        for option in ("mean", "deviation", "xhat", "gamma", "beta", "running"):
-            bits = getattr(self, f"{option}_bits")
-            if type(bits) is not int or not (2 <= bits <= 24 or bits == _OFF):
-                raise ConfigError(f"Wageubn({option}_bits={bits!r}): expected an integer from 2 to 24, or 32 for none.")
-        self._error("e1"), self._error("e2")
-        self._check_update()
-        for pattern, option, value in each_override(cls, self.overrides, _OVERRIDABLE):
-            if option == "act_format":
-                _check_format(f"Wageubn(overrides[{pattern!r}].act_format={value!r})", value)
-            else:
-                check_bits(cls, f"overrides[{pattern!r}].{option}", value)
-
-    def _check_stages(self) -> None:
-        check_moment("Wageubn: freeze_widths", self.freeze_widths)
-        for event, instead in (
-            ("quantize_norms", "norms=False"), ("quantize_errors", "e1='off' and e2='off'"),
-            ("quantize_gradients", "update='float' and gradients=False"),
-        ):  # fmt: skip
-            if getattr(self, event) is None:
-                raise ConfigError(f"Wageubn({event}=None): expected a moment, 0 for at once; for never take {instead}.")
-            check_moment(f"Wageubn: {event}", getattr(self, event))
-
-    def _check_update(self) -> None:
-        try:
-            self.update_format  # noqa: B018  # refuses widths
-        except ConfigError as error:
-            names = "gradient_bits, momentum_bits, accumulator_bits, lr_bits, stored_bits"
-            raise ConfigError(f"Wageubn({names}): {error}") from error
-        assert self.dr is not None
-        assert self.dr_at is not None
-        if not self.dr or any(
-            type(value) is not int or not 2 <= value <= 2**15 or value & (value - 1) for value in self.dr
-        ):
-            raise ConfigError(f"Wageubn(dr={self.dr!r}): expected powers of two from 2 to 2^15.")
-        for moment in self.dr_at:
-            check_moment("Wageubn: dr_at", moment)
-        if len(self.dr) > len(self.dr_at):
-            raise ConfigError(
-                f"Wageubn(dr={self.dr!r}, dr_at={self.dr_at!r}): {len(self.dr)} values and {len(self.dr_at)} moments. "
-                "Give a moment for each value of dr."
-            )
-        if self.update == "integer" and not self.gradients:
-            raise ConfigError(
-                "Wageubn(update='integer', gradients=False): the integer update is of quantized gradients. Take "
-                "update='fake' or 'float', or gradients=True."
-            )
+        check_options(self)
 
     def replace(self, **options: Any) -> Wageubn:
         if options.get("preset") is not None:  # says all anew that presets say
@@ -254,7 +176,8 @@ class Wageubn(Scheme):
             self.gradient_bits, self.momentum_bits, self.accumulator_bits, self.lr_bits, self.stored_bits, self.exact
         )
 
-    def _error(self, option: str) -> ErrorForm | None:
+    def error_form(self, option: str) -> ErrorForm | None:
+        """How the errors of "e1" or "e2" are rounded; None where they are not."""
         return ErrorForm.parse(
             getattr(self, option), f"Wageubn: {option}", shared=self.sync_range, check=self.check,
             clip_to_one=option == "e1" and bool(self.clip_to_one),
@@ -295,12 +218,12 @@ class Wageubn(Scheme):
         if site.role == "bias":
             return StoredBias(site, self.bias_bits or 16)
         if site.role == "error":
-            form = self._error("e2")
+            form = self.error_form("e2")
             layer = site.op not in (Kind.BATCH_NORM, *_ACTIVATIONS, *_SUMS)
             return ErrorQuantizer(site, form) if form is not None and layer else None
         if site.role == "sum":
             momentum = self.norm_momentum
-            grids = NormGrids(site, self.norm_format, self.running_bits or _OFF, momentum, self.check)
+            grids = NormGrids(site, self.norm_format, self.running_bits or OFF, momentum, self.check)
             return grids if site.op == Kind.BATCH_NORM else None
         if site.role == "accumulator":
             return WidthQuantizer(site, WidthForm(_SUM_BITS)) if self.io == "strict" else None
@@ -317,7 +240,7 @@ class Wageubn(Scheme):
         if not wanted.get(site.role, False):
             return None
         form = self._width(site.path, "act_bits", "act_format")
-        return WidthQuantizer(site, form, self._error("e1") if rectifies else None)
+        return WidthQuantizer(site, form, self.error_form("e1") if rectifies else None)
 
     def batch_norm(self, site: Site, norm: nn.Module) -> str:
         return "island" if self.norms else "keep"
@@ -371,14 +294,3 @@ class Wageubn(Scheme):
 
     def activation_bits(self) -> int:
         return 16  # sums of 8-bit products: bfloat16 counts to 256 only
-
-
-def _check_format(where: str, value: Any) -> None:
-    """Refuse what is no policy and no (total, integer) bits."""
-    if value in ("fixed_width", "fixed_unit"):
-        return
-    pair = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
-    if not pair or not (type(value[0]) is type(value[1]) is int and 2 <= value[0] <= 16 and abs(value[1]) <= 32):
-        raise ConfigError(
-            f"{where}: expected 'fixed_width', 'fixed_unit' or a pair of total (2 to 16) and integer bits (-32 to 32)."
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,7 +13,6 @@ from lightning_lowbit.errors import ConfigError, InvariantError
 from lightning_lowbit.modules.base import LowBitModule, StepContext, UpdateRule
 from lightning_lowbit.modules.error_gate import ErrorQuantizer
 from lightning_lowbit.modules.fixed_norm import NormGrids
-from lightning_lowbit.modules.stored import StoredBias, StoredWeight
 from lightning_lowbit.modules.widths import WidthQuantizer
 from lightning_lowbit.numerics.constant import constant_codes, constant_quantize, uniform_draws
 from lightning_lowbit.numerics.momentum import (
@@ -25,6 +25,7 @@ from lightning_lowbit.numerics.momentum import (
 from lightning_lowbit.numerics.noise import combine
 from lightning_lowbit.schemes.step_advice import Notices, lr_notice
 from lightning_lowbit.schemes.values import Values
+from lightning_lowbit.schemes.wageubn_parameters import Stored, stored_parameters
 
 if TYPE_CHECKING:
     from lightning_lowbit.schemes.wageubn import Wageubn
@@ -33,25 +34,6 @@ __all__ = ["ClosedRule"]
 
 _LARGEST_STORED = 2**30  # of the codes of gamma, beta and biases
 _LARGEST_GRADIENT = 2**24  # codes of gradients of norms and biases, which are not brought to a range
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A parameter that the rule moves.
-
-    Args:
-        parameter: the user's.
-        weight: a layer's weight; else a bias, or a norm's gamma or beta.
-        quantizer: of that weight: its stored codes count in units of 2^power.
-    """
-
-    parameter: nn.Parameter
-    weight: bool
-    quantizer: StoredWeight | None
-
-    @property
-    def power(self) -> int:
-        return 0 if self.quantizer is None else self.quantizer.power
 
 
 @dataclass(frozen=True)
@@ -82,7 +64,6 @@ class ClosedRule(UpdateRule):
         masters: by parameter name, codes of stored weights, int32.
         accumulators: by parameter name, codes of momentum, int16 (int32 of gamma, beta and biases).
         skipped: steps left out.
-        saturated: by parameter name, stored weights at the end of their range, in the last step.
     """
 
     inert: ClassVar[dict[str, str]] = {
@@ -91,7 +72,7 @@ class ClosedRule(UpdateRule):
 
     def __init__(self, scheme: Wageubn, modules: dict[str, nn.Module]) -> None:
         self.scheme, self.format = scheme, scheme.update_format
-        self.stored = _parameters(modules)
+        self.stored = stored_parameters(modules)
         self.places = {name: place for place, name in enumerate(self.stored)}
         self.names = {id(entry.parameter): name for name, entry in self.stored.items()}
         held = [child for module in modules.values() for child in module.children()]
@@ -109,12 +90,19 @@ class ClosedRule(UpdateRule):
         self.begun = True
         self.masters: dict[str, Tensor] = {}
         self.accumulators: dict[str, Tensor] = {}
-        self.saturated: dict[str, Tensor] = {}
         self.taken: dict[str, _Taken] = {}
         self.skipped = 0
-        self._skips = False  # this step
+        self._stepped: list[str] = []  # parameters with a gradient in this step
         self._drawn: dict[str, tuple[int, int]] = {}  # step and number of a parameter's last update
         self.notices = Notices(self.format)
+
+    def before_batch(self, continues: bool) -> None:
+        """What was met since the last step and is no part of this one: an evaluation, a batch that was given up."""
+        if continues:
+            return
+        self.switch.run.nonfinite = 0
+        for quantizer in self.widths:
+            quantizer.width[-3:] = 0.0
 
     def milestone(self, what: str, reached: bool, when: int) -> None:
         if self.dr.follow(what, reached):
@@ -135,10 +123,12 @@ class ClosedRule(UpdateRule):
     @torch.no_grad()
     def before_step(self, optimizer: torch.optim.Optimizer, context: StepContext) -> None:
         self.taken.clear()
-        self._skips = self._finds_nonfinite(optimizer, context)
-        if self._skips:
+        self._stepped = []
+        if self._finds_nonfinite(optimizer, context):
             self._skip(optimizer, context)
-        elif self.begun and self.scheme.update == "integer":
+            return
+        self._stepped = [name for name, parameter in self._held(optimizer) if parameter.grad is not None]
+        if self.begun and self.scheme.update == "integer":
             self._take(optimizer, context)
         elif self.begun and self.scheme.gradients:
             for name, parameter in self._held(optimizer):
@@ -165,7 +155,9 @@ class ClosedRule(UpdateRule):
         self.skipped += 1
         every = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if context.grad_scale != 1.0:  # a gradient scaler looks for its scale this way, in the gradients
-            next(p.grad for p in every if p.grad is not None).fill_(torch.inf)
+            told = next((p.grad for p in every if p.grad is not None and not p.grad.is_sparse), None)
+            if told is not None:
+                told.fill_(torch.inf)
             return
         for parameter in every:
             parameter.grad = None
@@ -179,7 +171,8 @@ class ClosedRule(UpdateRule):
         for group in optimizer.param_groups:
             momentum = self.scheme.momentum
             momentum = float(group.get("momentum", 0.25)) if momentum is None else momentum
-            lr, decay = float(group["lr"]) * self.scheme.lr_scale, float(group.get("weight_decay", 0.0))
+            lr = float(group["lr"]) * self.scheme.lr_scale
+            decay = 0.0 if group.get("decoupled_weight_decay") else float(group.get("weight_decay", 0.0))
             taken = False
             for parameter in group["params"]:
                 name = self.names.get(id(parameter))
@@ -204,42 +197,66 @@ class ClosedRule(UpdateRule):
 
     @torch.no_grad()
     def step(self, owned: set[str], context: StepContext) -> None:
+        offsets: dict[Any, list[str]] = defaultdict(list)
         for name in sorted(self.taken):
-            self._update(name, self.taken[name], context)
+            taken, entry = self.taken[name], self.stored[name]
+            if entry.weight:
+                self._update(name, entry, taken, context)
+            else:
+                offsets[taken.lr, taken.momentum, entry.parameter.device, entry.parameter.dtype].append(name)
+        for (lr, momentum, *_), names in offsets.items():
+            self._update_offsets(names, lr, momentum, context)
         self.taken.clear()
-        if self.scheme.update == "fake" and self.begun and not self._skips:
-            for entry in self.stored.values():
-                codes = recover(entry.parameter * 2.0**-entry.power, self.format, self._clips(entry))
+        if self.scheme.update == "fake" and self.begun:
+            for entry in (self.stored[name] for name in self._stepped):
+                codes = recover(entry.parameter * 2.0**-entry.power, self.format, self._bits(entry))
                 entry.parameter.copy_(store(codes, self.format) * 2.0**entry.power)
         self._follow(context)
 
-    def _update(self, name: str, taken: _Taken, context: StepContext) -> None:
-        entry = self.stored[name]
-        codes = self._gradient(name, entry, taken, context)
-        if codes is None:
-            return
-        master = self._master(name, entry)
-        acc = self.accumulators.get(name)
-        if acc is None:
-            acc = torch.zeros_like(master, dtype=torch.int16 if entry.weight and self._fits_int16() else torch.int32)
-            self.accumulators[name] = acc
-        lr, momentum = learning_rate_code(taken.lr, self.format), momentum_code(taken.momentum, self.format)
-        self.saturated[name] = integer_step_(master, acc, codes, lr, momentum, self.format, self._clips(entry))
-        self._show(entry, master)
-        if self.scheme.check and entry.weight and int(codes.abs().max()) >= self.dr.now:
-            raise InvariantError(f"{name}: quantized gradients reach {int(codes.abs().max())}, expected below dr.")
-
-    def _gradient(self, name: str, entry: Stored, taken: _Taken, context: StepContext) -> Tensor | None:
-        """Codes of a quantized gradient; None where there is nothing to step by."""
+    def _update(self, name: str, entry: Stored, taken: _Taken, context: StepContext) -> None:
         gradient = taken.gradient.to_dense() if taken.gradient.is_sparse else taken.gradient
-        gradient = gradient / context.grad_scale if context.grad_scale != 1.0 else gradient
-        if not entry.weight:
-            codes = torch.round(gradient.to(torch.float64) * 2.0 ** (self.format.gradient - 1))
-            return codes.clamp_(-_LARGEST_GRADIENT, _LARGEST_GRADIENT).to(torch.int32)
         if taken.weight_decay:
-            gradient = gradient.add(entry.parameter.detach(), alpha=taken.weight_decay)
+            gradient = gradient.add(entry.parameter.detach(), alpha=taken.weight_decay * context.grad_scale)
         codes, _ = constant_codes(gradient, self._draws(name, gradient, context), dr=self.dr.now)
-        return codes
+        if self.scheme.check and int(codes.abs().max()) >= self.dr.now:
+            raise InvariantError(f"{name}: quantized gradients reach {int(codes.abs().max())}, expected below dr.")
+        master, acc = self._master(name, entry), self._accumulator(name, entry)
+        lr, momentum = learning_rate_code(taken.lr, self.format), momentum_code(taken.momentum, self.format)
+        integer_step_(master, acc, codes, lr, momentum, self.format, self._bits(entry))
+        entry.parameter.copy_(self._shown(entry, master))
+
+    def _update_offsets(self, names: list[str], lr: float, momentum: float, context: StepContext) -> None:
+        """Gammas, betas and biases in one go: they are many and small."""
+        entries = [self.stored[name] for name in names]
+        values = [entry.parameter.detach().reshape(-1) for entry in entries]
+        known = [self.masters.get(name) for name in names]
+        flat = None if None in known else torch.cat([codes.reshape(-1) for codes in known if codes is not None])
+        if flat is None or not torch.equal(store(flat, self.format).to(values[0].dtype), torch.cat(values)):
+            flat = torch.cat(
+                [self._master(name, entry).reshape(-1) for name, entry in zip(names, entries, strict=True)]
+            )
+        accs = [self._accumulator(name, entry) for name, entry in zip(names, entries, strict=True)]
+        acc = torch.cat([values.reshape(-1) for values in accs])
+        gradient = torch.cat([self.taken[name].gradient.reshape(-1) for name in names]) / context.grad_scale
+        codes = torch.round(gradient.to(torch.float64) * 2.0 ** (self.format.gradient - 1))
+        codes = codes.clamp_(-_LARGEST_GRADIENT, _LARGEST_GRADIENT).to(torch.int32)
+        rates = learning_rate_code(lr, self.format), momentum_code(momentum, self.format)
+        integer_step_(flat, acc, codes, *rates, self.format, None)
+        sizes, shown = [value.numel() for value in values], store(flat, self.format)
+        for name, entry, *parts in zip(
+            names, entries, *(torch.split(part, sizes) for part in (flat, acc, shown)), strict=True
+        ):
+            master, kept, value = (part.view_as(entry.parameter) for part in parts)
+            self.masters[name], self.accumulators[name] = master.clone(), kept.clone()
+            entry.parameter.copy_(value)
+
+    def _accumulator(self, name: str, entry: Stored) -> Tensor:
+        if name not in self.accumulators:
+            # Where the widths close, it never exceeds the largest gradient.
+            narrow = entry.weight and self.format.closes
+            zeros = torch.zeros_like(entry.parameter, dtype=torch.int16 if narrow else torch.int32)
+            self.accumulators[name] = zeros
+        return self.accumulators[name]
 
     def _draws(self, name: str, like: Tensor, context: StepContext) -> Tensor | None:
         """Uniform numbers, the same on all processes: of the seed, the step and the parameter's place."""
@@ -254,17 +271,14 @@ class ClosedRule(UpdateRule):
         again = (times,) if times > 1 else ()  # several updates in one batch, each with numbers of its own
         return uniform_draws(combine(self.scheme.seed, context.step, self.places[name], *again), like)
 
-    def _fits_int16(self) -> bool:
-        """Whether accumulators of weights do: they never exceed the largest gradient."""
-        finer = self.format.accumulator - self.format.gradient
-        return max(self.scheme.dr or (128,)) * 2.0**finer < 2**15
-
     def _master(self, name: str, entry: Stored) -> Tensor:
         """Stored codes. Where somebody else has written to the parameter (a load, a hook) they begin at its values."""
         known = self.masters.get(name)
         if known is None or not torch.equal(self._shown(entry, known), entry.parameter):
             value = entry.parameter.detach() * 2.0**-entry.power
-            known = recover(value, self.format, self._clips(entry))
+            known = recover(value, self.format, self._bits(entry))
+            if entry.weight and self.begun:
+                self._tell_clipped(name, value)
             if not entry.weight and float(value.abs().max()) * 2.0 ** (self.format.weight - 1) > _LARGEST_STORED:
                 most = _LARGEST_STORED * 2.0 ** (1 - self.format.weight)
                 raise ConfigError(
@@ -275,15 +289,20 @@ class ClosedRule(UpdateRule):
             self.masters[name] = known
         return known
 
-    def _clips(self, entry: Stored) -> int | bool:
-        """The bits that a stored weight is clipped to; False of what is not."""
-        return False if entry.quantizer is None or not self.scheme.clip_stored else entry.quantizer.bits
+    def _tell_clipped(self, name: str, value: Tensor) -> None:
+        beyond = int((value.abs() >= 1.0).sum())
+        words = (
+            f"{name}: {beyond} of {value.numel()} weights are beyond the range that it has had since its calibration"
+        )
+        if beyond and self.scheme.weight_range != "one":
+            self.notices.warn(f"clipped {name}", f"{words}, and are clipped to it. Load weights first, then calibrate.")
+
+    def _bits(self, entry: Stored) -> int | None:
+        """The bits of a weight whose stored codes end with them; None of what has no such end."""
+        return None if entry.quantizer is None or not self.scheme.clip_stored else entry.quantizer.bits
 
     def _shown(self, entry: Stored, master: Tensor) -> Tensor:
         return store(master, self.format).mul_(2.0**entry.power).to(entry.parameter.dtype)
-
-    def _show(self, entry: Stored, master: Tensor) -> None:
-        entry.parameter.copy_(self._shown(entry, master))
 
     def _follow(self, context: StepContext) -> None:
         """Integer bits of all activations, by what this step saw on all processes."""
@@ -297,10 +316,17 @@ class ClosedRule(UpdateRule):
             for quantizer, state, integer in zip(members, states, states[:, 0].round().tolist(), strict=True):
                 quantizer.width.copy_(state)
                 quantizer.keep(int(integer))
+        if context.world > 1 and self.norms:
+            guards = context.reduce_max(torch.stack([norm.guard for norm in self.norms]))
+            for norm, guard in zip(self.norms, guards, strict=True):
+                norm.guard.copy_(guard)
 
     # -- reports and state --------------------------------------------------------------------------------
     def news(self) -> list[str]:
         return self.notices.take()
+
+    def notes(self) -> list[str]:
+        return [f"{self.skipped} steps were left out: something in them was not finite"] if self.skipped else []
 
     def logged(self) -> dict[str, float]:
         return {"dr": float(self.dr.now), "skipped_steps": float(self.skipped)}
@@ -328,32 +354,13 @@ class ClosedRule(UpdateRule):
             self.masters[name] = codes.clone().to(entry.parameter.device)
             if not torch.equal(self._shown(entry, self.masters[name]), entry.parameter):
                 self.notices.warn(name, f"{name}: the checkpoint's weight differs from its integers, which are taken.")
-                self._show(entry, self.masters[name])
+                entry.parameter.copy_(self._shown(entry, self.masters[name]))
         for name, codes in state["accumulators"].items():
             self.accumulators[name] = codes.clone().to(self.stored[name].parameter.device)
 
 
-def _parameters(modules: dict[str, nn.Module]) -> dict[str, Stored]:
-    """What is stored in low bits, each parameter once, under the first of its names."""
-    found: dict[str, Stored] = {}
-    seen: set[int] = set()
-    for path in sorted(modules):
-        module: Any = modules[path]
-        weight = getattr(module, "lowbit_weight", None)
-        norm = isinstance(getattr(module, "lowbit_accumulator", None), NormGrids)
-        biased = isinstance(getattr(module, "lowbit_bias", None), StoredBias)
-        for name, quantizer, wanted in (
-            ("weight", weight, isinstance(weight, StoredWeight) or norm), ("bias", None, biased or norm),
-        ):  # fmt: skip
-            parameter = getattr(module, f"{name}_orig", getattr(module, name, None))  # pruned: what the mask hides
-            if wanted and isinstance(parameter, nn.Parameter) and id(parameter) not in seen:
-                seen.add(id(parameter))
-                found[f"{path}.{name}"] = Stored(parameter, quantizer is not None, quantizer)
-    return found
-
-
 def _by_rule(widths: list[WidthQuantizer]) -> dict[Any, list[WidthQuantizer]]:
-    """Quantizers under one rule and on one device: decided in one go."""
+    """Quantizers under one rule: decided in one go."""
     found: dict[Any, list[WidthQuantizer]] = {}
     for quantizer in widths:
         found.setdefault(quantizer.rule, []).append(quantizer)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from schemes.conformance import differing, loader, net, trainer
+from schemes.conformance import differing
 from schemes.jacinto_nets import off
 from schemes.wageubn_nets import (
     chain,
     converted,
+    finite,
     images,
     labels,
     on_grid,
@@ -29,15 +29,11 @@ from schemes.wageubn_nets import (
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_lowbit import QuantCallback, Wageubn, convert, lowbit_step
+from lightning_lowbit import convert, lowbit_step
 from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.modules.base import switch_of
 from lightning_lowbit.modules.layers import LowBitLayer
 from lightning_lowbit.modules.plane_layers import multiplies_integers
-
-
-def finite(net: nn.Module) -> bool:
-    return all(bool(torch.isfinite(t).all()) for t in (*net.parameters(), *net.buffers()))
 
 
 # -- zeros and constants -------------------------------------------------------------------------------------
@@ -201,20 +197,6 @@ def test_what_is_not_finite_does_not_reach_running_statistics(value: float) -> N
     net[2].bias = None
     net(images())
     assert not any(torch.equal(net[3].get_buffer(name), t) for name, t in before.items())
-
-
-def test_a_run_counts_what_it_skips_and_logs_it() -> None:
-    module = net()
-    data = loader()
-    data.dataset.tensors[0][5, 0, 0, 0] = torch.nan  # type: ignore[attr-defined]  # a TensorDataset
-    callback = QuantCallback(Wageubn(), start=0, evaluate=False, calibrate_batches=1)
-    run = trainer(callback, max_epochs=2)
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        run.fit(module, data)
-    assert sum("skipped_steps" in str(w.message) for w in told) == 1
-    assert float(run.callback_metrics["skipped_steps"]) == 2
-    assert finite(module)
 
 
 # -- odd networks --------------------------------------------------------------------------------------------
@@ -387,21 +369,6 @@ def test_values_under_autocast_are_those_of_float32() -> None:
             net[:8](images()).sum().backward()
         found.append([p.grad for p in net[:8].parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-
-
-@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
-def test_a_run_in_another_precision_is_on_the_same_grids(precision: str) -> None:
-    module = net()
-    callback = QuantCallback(Wageubn(check=True), start=0, evaluate=False)
-    run = trainer(callback, precision=precision)
-    data = loader()
-    if precision == "64-true":
-        data.dataset.tensors = (data.dataset.tensors[0].double(), data.dataset.tensors[1])  # type: ignore[attr-defined]
-    run.fit(module, data, loader() if "bf16" in precision else data)
-    assert {p.dtype for p in module.parameters()} == {torch.float64 if "64" in precision else torch.float32}
-    assert finite(module)
-    held = rule(module)
-    assert all(torch.equal(held._shown(e, held.masters[n]), e.parameter) for n, e in held.stored.items())
 
 
 def test_a_copy_trains_on_its_own() -> None:

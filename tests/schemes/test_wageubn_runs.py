@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from schemes.conformance import STEPS, Net, SaveAt, copy_of, differing, loader, net, trainer
-from schemes.wageubn_nets import chain, converted, errors, images, norms, rule, state
+from schemes.wageubn_nets import chain, converted, errors, finite, images, norms, rule, state
 from torch import Tensor
 
 from lightning_lowbit import QuantCallback, Wageubn
@@ -130,6 +130,35 @@ def test_skipped_steps_are_counted_on_after_a_load() -> None:
     assert rule(twin).logged()["skipped_steps"] == 3.0
 
 
+def test_a_run_counts_what_it_skips_and_logs_it() -> None:
+    module = net()
+    data = loader()
+    data.dataset.tensors[0][5, 0, 0, 0] = torch.nan  # type: ignore[attr-defined]  # a TensorDataset
+    callback = QuantCallback(Wageubn(), start=0, evaluate=False, calibrate_batches=1)
+    run = trainer(callback, max_epochs=2)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        run.fit(module, data)
+    assert sum("skipped_steps" in str(w.message) for w in told) == 1
+    assert float(run.callback_metrics["skipped_steps"]) == 2
+    assert finite(module)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
+def test_a_run_in_another_precision_is_on_the_same_grids(precision: str) -> None:
+    module = net()
+    callback = QuantCallback(Wageubn(check=True), start=0, evaluate=False)
+    run = trainer(callback, precision=precision)
+    data = loader()
+    if precision == "64-true":
+        data.dataset.tensors = (data.dataset.tensors[0].double(), data.dataset.tensors[1])  # type: ignore[attr-defined]
+    run.fit(module, data, loader() if "bf16" in precision else data)
+    assert {p.dtype for p in module.parameters()} == {torch.float64 if "64" in precision else torch.float32}
+    assert finite(module)
+    held = rule(module)
+    assert all(torch.equal(held._shown(e, held.masters[n]), e.parameter) for n, e in held.stored.items())
+
+
 # -- stages --------------------------------------------------------------------------------------------------
 class Stages(pl.Callback):
     """In every step: whether norms, errors and gradients are quantized, and widths stand still."""
@@ -161,7 +190,7 @@ def test_norms_errors_and_gradients_begin_when_they_should() -> None:
     assert all(list(column) == sorted(column) for column in zip(*stages.seen, strict=True))
 
 
-@pytest.mark.parametrize("at", [1, 2, 4, 6])
+@pytest.mark.parametrize("at", [2, 4])
 def test_a_resume_between_stages_has_the_bits_of_a_run_without_one(at: int, tmp_path: Path) -> None:
     scheme = Wageubn(**STAGED, first_last="int8", width_patience=2)  # type: ignore[arg-type]  # moments
     straight = fit(net(), SaveAt(tmp_path / "middle.ckpt", at), scheme=scheme)

@@ -193,6 +193,34 @@ def test_what_is_concatenated_has_one_format_and_what_is_added_its_own(io: str) 
     assert ("c" in found) == (io == "strict")
 
 
+def two(join: Any) -> Any:
+    torch.manual_seed(0)
+    layers = {"a": nn.Linear(6, 8), "b": nn.Linear(6, 8), "fc": nn.Linear(16, 4)}
+    return Wired(lambda net, x: net.fc(join(F.relu(net.a(x)), F.relu(net.b(x)))), **layers)
+
+
+def test_what_is_added_keeps_the_format_that_its_values_need() -> None:
+    net = two(lambda a, b: (a + b).repeat(1, 2))
+    with torch.no_grad():
+        net.b.weight.mul_(20.0)
+    found = widths(converted(net, images(64, 6)))
+    a, b = found["lowbit_relu.lowbit_output"], found["lowbit_relu_1.lowbit_output"]
+    assert a.leader is a
+    assert b.leader is b
+    assert b.integer >= a.integer + 3
+
+
+def test_a_dead_tensor_takes_no_bits_from_what_it_is_joined_with() -> None:
+    net = two(lambda a, b: torch.cat([a, b], 1))
+    with torch.no_grad():
+        net.a.weight.mul_(0.01)
+        net.a.bias.zero_()
+        net.b.weight.zero_()
+        net.b.bias.fill_(-1.0)
+    a = widths(converted(net, images(64, 6)))["lowbit_relu.lowbit_output"]
+    assert a.integer < -3
+
+
 def test_io_says_which_results_are_rounded() -> None:
     found = {}
     for io in ("none", "outputs", "strict"):

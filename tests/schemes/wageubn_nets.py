@@ -23,8 +23,9 @@ from lightning_lowbit.schemes import convert
 from lightning_lowbit.schemes.wageubn_training import ClosedRule
 
 __all__ = [
-    "Twin", "Wired", "chain", "constant", "converted", "direct", "draws", "errors", "images", "labels", "leave",
-    "norms", "on_grid", "reach", "residual", "rule", "scale", "sgd", "state", "step", "train", "weights", "widths",
+    "Twin", "Wired", "chain", "constant", "converted", "direct", "draws", "errors", "finite", "images", "labels",
+    "leave", "norms", "on_grid", "reach", "residual", "rule", "scale", "sgd", "state", "step", "train", "weights",
+    "widths",
 ]  # fmt: skip
 
 
@@ -137,6 +138,11 @@ def state(net: nn.Module) -> dict[str, Tensor]:
     found = {key: value.clone() for key, value in net.state_dict().items()}
     found |= {f"master {name}": codes.clone() for name, codes in held.masters.items()}
     return found | {f"acc {name}": codes.clone() for name, codes in held.accumulators.items()}
+
+
+def finite(net: nn.Module) -> bool:
+    """Whether every parameter and buffer is."""
+    return all(bool(torch.isfinite(t).all()) for t in (*net.parameters(), *net.buffers()))
 
 
 def on_grid(x: Tensor, fraction: int, most: float = float("inf"), least: float | None = None) -> bool:

@@ -28,7 +28,7 @@ from lightning_lowbit.schemes.wageubn import Wageubn
 
 __all__ = ["check_integer_update", "check_momentum"]
 
-CLIP_STORED = False  # as published
+BITS = None  # of weights: the published stored ones have no end
 WEIGHT, GAMMA, BETA = "layer.weight", "norm.weight", "norm.bias"
 
 
@@ -158,7 +158,7 @@ def check_momentum(v: Comparison) -> None:
         v.exact(f"acc_{name}", accs * 2.0 ** (1 - format.accumulator))
         w, acc = start, torch.zeros_like(start)
         for t, g in enumerate(grads):
-            w, acc, _ = float_step(w, acc, g * unit, lr[t], momentum, format, CLIP_STORED)
+            w, acc, _ = float_step(w, acc, g * unit, lr[t], momentum, format, BITS)
             assert torch.equal(w, store(weights[t], format)), f"{name}: the float step {t} is another"
             assert torch.equal(acc, accs[t] * 2.0 ** (1 - format.accumulator))
     check_momentum_in_network(v, rates)
@@ -189,7 +189,7 @@ def integer_steps(
     acc = torch.zeros_like(weight, dtype=grads.dtype)
     weights, accs = [], []
     for g, rate in zip(grads, lr, strict=True):
-        weight, acc, _ = integer_step(weight, acc, g, rate, momentum, format, CLIP_STORED)
+        weight, acc, _ = integer_step(weight, acc, g, rate, momentum, format, BITS)
         weights.append(weight)
         accs.append(acc)
     return torch.stack(weights), torch.stack(accs)
