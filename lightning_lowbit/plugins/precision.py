@@ -37,7 +37,8 @@ def _holders(model: nn.Module) -> dict[str, nn.Module]:
     return {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, LowBitModule) or any(isinstance(child, Quantizer) for child in module.children())
+        if isinstance(module, LowBitModule)
+        or (not isinstance(module, Quantizer) and any(isinstance(child, Quantizer) for child in module.children()))
     }
 
 

@@ -93,7 +93,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
         {"a": {"act_format": (8,)}}, {"a": {"act_format": (1, 0)}}, {"a": {"act_format": (60, 0)}},
     ),
 }  # fmt: skip
-EXPECTED = r"expected|not one of|no such|no option|its moment"
+EXPECTED = ("expected", "not one of", "no such", "no option", "Give ")
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_wrong_options_are_named(option: str, value: Any) -> None:
     assert option.removeprefix("weight_") in words or (option == "bits" and "_bits" in words)
     shown = str(value[-1]) if isinstance(value, tuple) and value else str(value)
     assert isinstance(value, dict) or shown in words
-    assert any(part in words for part in EXPECTED.split("|"))
+    assert any(part in words for part in EXPECTED)
 
 
 def test_every_option_has_a_wrong_value_here() -> None:
