@@ -13,12 +13,14 @@ from lightning_lowbit.errors import ConfigError, InvariantError
 from lightning_lowbit.modules.base import Run, Site
 from lightning_lowbit.modules.planes import Operand, Plane, digits, values_of
 from lightning_lowbit.modules.quantizer import Quantizer
+from lightning_lowbit.numerics.exponent import pow2
 from lightning_lowbit.numerics.flag import flag_planes, flag_quantize
 from lightning_lowbit.numerics.grid import Grid
 from lightning_lowbit.numerics.shift import max_abs, shift_codes, shift_quantize
 
 __all__ = ["ErrorForm", "ErrorGate", "ErrorQuantizer"]
 
+_BYTE = 8  # bits of the codes whose rectifier is applied to them
 _WORDS = re.compile(r"(shift|flag)(\d+)")
 
 
@@ -69,17 +71,25 @@ class ErrorGate:
     def __init__(self, form: ErrorForm, name: str) -> None:
         self.form, self.name, self.on = form, name, True
 
-    def values(self, g: Tensor, run: Run) -> Tensor:
-        """The errors ``g`` on their grid; as they are where one is not finite, which is noted in ``run``."""
-        peak = self._peak(g, run)
+    def values(self, g: Tensor, run: Run, keep: Tensor | None = None) -> Tensor:
+        """The errors ``g`` on their grid, 0 where ``keep`` is False; that one is not finite is noted in ``run``."""
+        peak, form = self._peak(g, run), self.form
+        if keep is not None and not (form.check or form.clip_to_one) and form.kind == "shift" and form.bits <= _BYTE:
+            return self._kept(g, peak, run, keep)
         if self.form.kind == "flag":
             y, finite = flag_quantize(g, self.form.bits, peak=peak)
         else:
             y, finite = shift_quantize(g, self.form.bits, clip_to_one=self.form.clip_to_one, peak=peak)
         run.nonfinite = run.nonfinite + (~finite).to(torch.int64)
-        if self.form.check and not self.form.clip_to_one and bool(finite):
+        if form.check and not form.clip_to_one and bool(finite):
             self._require_grid(y, self._operand(g, peak)[0])
-        return y.to(g.dtype)
+        return y.to(g.dtype) if keep is None else (y * keep).to(g.dtype)
+
+    def _kept(self, g: Tensor, peak: Tensor | None, run: Run, keep: Tensor) -> Tensor:
+        """The same by way of codes, which are dropped before they are four times as long."""
+        codes, exponent, finite = shift_codes(g, self.form.bits, peak=peak)
+        run.nonfinite = run.nonfinite + (~finite).to(torch.int64)
+        return codes.mul_(keep.view(torch.int8)).to(g.dtype).mul_(pow2(exponent, torch.float32).to(g.dtype))
 
     def operand(self, g: Tensor, run: Run) -> Operand:
         """The same as integers; zeros where one is not finite."""

@@ -148,12 +148,12 @@ class WidthQuantizer(ObservedQuantizer):
         result: Tensor = y
         return result
 
-    def errors(self, g: Tensor) -> Tensor:
-        """What comes back, on its grid once that has begun."""
-        if self.gate is None or not self.gate.on:
-            return g
+    def errors(self, g: Tensor, keep: Tensor | None = None) -> Tensor:
+        """What comes back, on its grid once that has begun; 0 where ``keep`` (bool) says so."""
         run: Run = self.switch.run
-        return self.gate.values(g, run)
+        if self.gate is not None and self.gate.on:
+            return self.gate.values(g, run, keep)
+        return g if keep is None else g * keep
 
     def operand(self, x: Tensor) -> Operand:
         """The codes of a tensor that has come by here."""
@@ -199,9 +199,9 @@ class _Rectified(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
         (positive,) = ctx.saved_tensors
-        e = ctx.errors(g)
-        # In place: a product of floats and booleans in new memory is not vectorized.
-        return (e.clone() if e is g else e).mul_(positive), None, None
+        if g.stride() != positive.stride():  # a skip connection keeps what a mean behind it has made of the layout
+            g = torch.empty_like(positive, dtype=g.dtype).copy_(g)
+        return ctx.errors(g, positive), None, None
 
 
 def require_grid(name: str, x: Tensor, fraction: int, limits: tuple[int, int] | None = None) -> None:
