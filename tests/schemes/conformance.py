@@ -52,6 +52,19 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
         {"bias": "own", "acc_bits": 16, "act_round": "half_up", "narrow": True},
         {"bits": 3, "weight_init": "3sd", "act_init": "klj", "threshold_optimizer": "normed_sgd"},
     ),
+    "wageubn": (
+        {},
+        {
+            "first_last": "int8",
+            "act_format": "fixed_unit",
+            "e2": "shift8",
+            "io": "strict",
+            "dr": (128, 8),
+            "dr_at": (0, 0.5),
+        },
+        {"preset": "authors", "sync_range": True, "quantize_errors": 0.3, "norm_momentum": 0.1},
+        {"bits": 5, "update": "fake", "act_init": "mse", "norms": False, "rounding": "nearest", "freeze_widths": 0.3},
+    ),
 }
 SAMPLES, BATCH, EPOCHS = 16, 4, 2
 STEPS = EPOCHS * SAMPLES // BATCH
