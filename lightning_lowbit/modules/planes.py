@@ -8,9 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_lowbit.kernels.fusion import is_dense
 from lightning_lowbit.numerics.exponent import pow2
+from lightning_lowbit.numerics.ste import slices
 
 __all__ = ["Operand", "Plane", "digits", "together", "values_of"]
+
+
+_SLICE = 1 << 17  # elements per thread and pass
 
 
 class Plane(NamedTuple):
@@ -72,14 +77,34 @@ def together(sums: Sequence[tuple[Tensor, int]], exponent: Tensor | int, dtype: 
     tensor([2.0078, 0.0234])
     """
     scale = pow2(exponent, dtype).to(sums[0][0].device)
-    (first, low), *others = sums
-    plain = dtype is torch.float32 and low == 0 and len(others) <= 1
-    if plain and all(acc.dtype is torch.float32 for acc, _ in sums):
-        for acc, shift in others:  # each product with a power of two is exact, and the one sum is rounded once
-            first = first.add_(acc, alpha=2.0**shift)
-        return first.mul_(scale)
-    total = first.to(torch.float64)
-    total = total.mul_(2.0**low) if low else total
-    for acc, shift in others:
-        total = total.add_(acc.to(torch.float64), alpha=2.0**shift)
-    return total.to(dtype).mul_(scale)
+    first = sums[0][0]
+    shifts = [shift for _, shift in sums]
+    in_place = dtype is first.dtype is torch.float32 and shifts[0] == 0 and len(sums) <= 2
+    in_place = in_place and all(acc.dtype is torch.float32 for acc, _ in sums)
+    y = first if in_place else torch.empty_like(first, dtype=dtype)
+    add = _add_in_place if in_place else _add
+    for out, *parts in _slices(y, *(acc for acc, _ in sums)):
+        add(out, parts, shifts)
+        out.mul_(scale)
+    return y
+
+
+def _add_in_place(out: Tensor, parts: Sequence[Tensor], shifts: list[int]) -> None:
+    for part, shift in zip(parts[1:], shifts[1:], strict=True):
+        out.add_(part, alpha=2.0**shift)  # a product with a power of two is exact, and the one sum is rounded once
+
+
+def _add(out: Tensor, parts: Sequence[Tensor], shifts: list[int]) -> None:
+    total = parts[0].to(torch.float64).mul_(2.0 ** shifts[0])
+    for part, shift in zip(parts[1:], shifts[1:], strict=True):
+        total.add_(part.to(torch.float64), alpha=2.0**shift)
+    out.copy_(total)
+
+
+def _slices(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Pieces that stay in the cache, in the order of memory; the whole where that differs between the tensors."""
+    first = tensors[0]
+    alike = all(tensor.stride() == first.stride() for tensor in tensors)
+    if first.device.type != "cpu" or not alike or not is_dense(first):
+        return [tensors]
+    return list(zip(*(slices(tensor, _SLICE * torch.get_num_threads()) for tensor in tensors), strict=True))

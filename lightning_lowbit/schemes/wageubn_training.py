@@ -23,6 +23,7 @@ from lightning_lowbit.numerics.momentum import (
     store,
 )
 from lightning_lowbit.numerics.noise import combine
+from lightning_lowbit.numerics.shift import max_abs
 from lightning_lowbit.schemes.step_advice import Notices, lr_notice
 from lightning_lowbit.schemes.values import Values
 from lightning_lowbit.schemes.wageubn_parameters import Stored, stored_parameters
@@ -144,7 +145,7 @@ class ClosedRule(UpdateRule):
     def _finds_nonfinite(self, optimizer: torch.optim.Optimizer, context: StepContext) -> bool:
         """Whether any process met a value that is none, in this step's gradients, errors or activations."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        found = [~torch.isfinite(g.coalesce().values() if g.is_sparse else g).all() for g in gradients]
+        found = [~torch.isfinite(max_abs(g.coalesce().values() if g.is_sparse else g)) for g in gradients]
         found += [~torch.isfinite(q.width[-1]) for q in self.widths]  # their reach
         errors, self.switch.run.nonfinite = self.switch.run.nonfinite, 0
         device = found[0].device if found else torch.device("cpu")
@@ -185,9 +186,9 @@ class ClosedRule(UpdateRule):
                 self._tell_reach(group, momentum, context)
 
     def _tell_reach(self, group: dict[str, Any], momentum: float, context: StepContext) -> None:
-        """Behind a tenth of the run, where a warm-up is over: how far the largest rate so far carries weights."""
+        """Behind a third of the run, where a warm-up is over: how far the largest rate so far carries weights."""
         steps = context.total_steps
-        if steps is None or context.step < steps // 10 or not self.notices.first("reach"):
+        if steps is None or context.step < steps * 0.35 or not self.notices.first("reach"):
             return
         ours = [self.stored[self.names[id(p)]] for p in group["params"] if id(p) in self.names]
         spread = [float(e.parameter.detach().std()) * 2.0**-e.power for e in ours if e.weight]
