@@ -16,7 +16,7 @@ from lightning_lowbit.modules.error_gate import ErrorForm, ErrorGate
 from lightning_lowbit.modules.observed import ObservedQuantizer
 from lightning_lowbit.modules.planes import Operand, digits
 from lightning_lowbit.modules.quantizer import in_backward
-from lightning_lowbit.numerics.direct import fixed_width_codes, fixed_width_values
+from lightning_lowbit.numerics.direct import fixed_width_codes, fixed_width_values, rectified_values
 from lightning_lowbit.numerics.grid import Grid
 from lightning_lowbit.numerics.observers import AllReduce
 from lightning_lowbit.numerics.width_changes import Hysteresis
@@ -191,9 +191,10 @@ class _Rectified(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, f: Format, errors: Any) -> Tensor:
+        y, positive = rectified_values(x, f.fraction, f.total)
         ctx.errors = errors
-        ctx.save_for_backward(x > 0)
-        return fixed_width_values(x, f.fraction, bits=f.total, signed=False)
+        ctx.save_for_backward(positive)
+        return y
 
     @staticmethod
     @once_differentiable

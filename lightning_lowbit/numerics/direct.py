@@ -28,6 +28,7 @@ __all__ = [
     "fixed_width_values",
     "fixed_width_values_reference",
     "grid_codes",
+    "rectified_values",
 ]
 
 DIRECT_OFF = 32
@@ -127,6 +128,25 @@ def fixed_width_values_reference(x: Tensor, fraclen: Tensor | int, *, bits: int 
     """The formula of :func:`fixed_width_values`, one operation per symbol: slow, obvious, on every device."""
     code, step = _codes(x, fraclen, bits, signed)
     return pass_through(x, code * step)
+
+
+@torch.no_grad()
+def rectified_values(x: Tensor, fraction: int, bits: int) -> tuple[Tensor, Tensor]:
+    """:func:`fixed_width_values` of relu(x), unsigned, and where x > 0: one reading of x. No gradient.
+
+    >>> rectified_values(torch.tensor([-1.0, 0.2, 0.3, 9.0]), 1, bits=4)
+    (tensor([0.0000, 0.0000, 0.5000, 7.5000]), tensor([False,  True,  True,  True]))
+    """
+    step, most = math.ldexp(1.0, -fraction), largest_code(bits, False)
+    if not eager_cpu(x) or x.dtype != torch.float32 or most >= 1 << 22 or abs(fraction) > _LEAN_EXPONENT:
+        return fixed_width_values(x, fraction, bits=bits, signed=False), x > 0
+    y, positive = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
+    size, magic = _SLICE * torch.get_num_threads(), float(_MAGIC) * step
+    for x_i, y_i, positive_i in zip(slices(x, size), slices(y, size), slices(positive, size), strict=True):
+        torch.gt(x_i, 0.0, out=positive_i)
+        # With 1.5 * 2^23 steps added and taken off again a float32 is rounded to one step, ties to even.
+        torch.clamp(x_i, 0.0, most * step, out=y_i).add_(magic).sub_(magic)
+    return y, positive
 
 
 def fixed_width_codes(x: Tensor, fraclen: Tensor | int, *, bits: int = 8, signed: bool = True) -> Tensor:

@@ -20,6 +20,7 @@ from lightning_lowbit.numerics.direct import (
     fixed_width_codes_reference,
     fixed_width_values,
     fixed_width_values_reference,
+    rectified_values,
 )
 from lightning_lowbit.numerics.widths import Format
 
@@ -164,3 +165,21 @@ def test_whole_graphs_equal_eager() -> None:
     x, fraclen = hard(2.0**-7), torch.tensor(7)
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     assert all(torch.equal(a, b) for a, b in zip(both(x, fraclen), compiled(x, fraclen), strict=True))
+
+
+@pytest.mark.parametrize("fraction", [-3, 0, 5, 7, 100])
+@pytest.mark.parametrize("bits", [1, 8, 10])
+def test_rectified_values_are_those_of_the_rectified_tensor(fraction: int, bits: int) -> None:
+    x = torch.cat([torch.randn(300_000) * 4, torch.tensor([0.0, -0.0, math.inf, -math.inf, 2.0**-30, 0.5, 1.5])])
+    x = torch.cat([x, (torch.arange(-20, 20) + 0.5) * 2.0**-fraction]).reshape(-1, 1, 1)
+    for given in (
+        x,
+        x.double(),
+        x.expand(-1, 2, 1),
+        x.reshape(-1, 1, 1, 1).contiguous(memory_format=torch.channels_last),
+    ):
+        y, positive = rectified_values(given, fraction, bits)
+        assert torch.equal(y, fixed_width_values(torch.relu(given), fraction, bits=bits, signed=False))
+        assert torch.equal(positive, given > 0)
+    y, positive = rectified_values(torch.tensor([math.nan, 1.0]), 3, 8)
+    assert math.isnan(y[0]) and not positive[0]
