@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_lowbit import kernels
 from lightning_lowbit.modules.error_gate import ErrorQuantizer
@@ -18,6 +17,7 @@ from lightning_lowbit.modules.planes import Operand, Plane, together
 from lightning_lowbit.modules.quantizer import on
 from lightning_lowbit.modules.stored import StoredBias, StoredWeight
 from lightning_lowbit.modules.widths import WidthQuantizer, require_grid
+from lightning_lowbit.numerics.through import require_first_order
 
 __all__ = ["multiplies_integers", "plane_layer"]
 
@@ -80,8 +80,8 @@ class _Product(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
+        require_first_order(ctx.layer.path)
         layer, products = ctx.layer, PRODUCTS[type(ctx.layer)]
         saved = list(ctx.saved_tensors)
         w = [Plane(codes, shift) for codes, shift in zip(saved[-len(ctx.shifts[1]) :], ctx.shifts[1], strict=True)]

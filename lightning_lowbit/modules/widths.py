@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_lowbit.errors import ConfigError, InvariantError
 from lightning_lowbit.modules.base import Run, Site
@@ -19,6 +18,7 @@ from lightning_lowbit.modules.quantizer import in_backward
 from lightning_lowbit.numerics.direct import fixed_width_codes, fixed_width_values, rectified_values
 from lightning_lowbit.numerics.grid import Grid
 from lightning_lowbit.numerics.observers import AllReduce
+from lightning_lowbit.numerics.through import require_first_order
 from lightning_lowbit.numerics.width_changes import Hysteresis
 from lightning_lowbit.numerics.widths import Criterion, Format, Policy, integer_bits
 
@@ -138,7 +138,7 @@ class WidthQuantizer(ObservedQuantizer):
         if rectify and self.signed:  # tied to a tensor with negative values
             x, rectify = F.relu(x), False
         if rectify:
-            y = _Rectified.apply(x, f, self.errors)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            y = _Rectified.apply(x, f, self.site.key, self.errors)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         else:
             y = fixed_width_values(x, f.fraction, bits=f.total, signed=f.signed)
             if self.gate is not None and y.requires_grad:
@@ -190,19 +190,19 @@ class _Rectified(torch.autograd.Function):
     """The rectified and rounded value; back, the rounded errors where x > 0."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, f: Format, errors: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, f: Format, name: str, errors: Any) -> Tensor:
         y, positive = rectified_values(x, f.fraction, f.total)
-        ctx.errors = errors
+        ctx.name, ctx.errors = name, errors
         ctx.save_for_backward(positive)
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
+        require_first_order(ctx.name)
         (positive,) = ctx.saved_tensors
         if g.stride() != positive.stride():  # a skip connection keeps what a mean behind it has made of the layout
             g = torch.empty_like(positive, dtype=g.dtype).copy_(g)
-        return ctx.errors(g, positive), None, None
+        return ctx.errors(g, positive), None, None, None
 
 
 def require_grid(name: str, x: Tensor, fraction: int, limits: tuple[int, int] | None = None) -> None:

@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.numerics.normalize_blocks import blocks_of, dense, scratch
 from lightning_lowbit.numerics.normalize_format import OFF, NormFormat, Statistics, on_grid, statistics_of
 from lightning_lowbit.numerics.rounding import divide_rounded
 from lightning_lowbit.numerics.ste import eager_cpu
+from lightning_lowbit.numerics.through import require_first_order
 
 __all__ = ["NormConstants", "NormFormat", "batch_norm", "norm_constants", "normalize", "running_update"]
 
@@ -179,8 +179,8 @@ class _Norm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
+        require_first_order("batch_norm")
         saved = ctx.saved_tensors  # once: a checkpointed block unpacks them once
         x, _, mean_q, s, *_, values = saved
         need_x, need_gamma, need_beta = ctx.needs_input_grad[:3]
