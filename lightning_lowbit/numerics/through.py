@@ -16,8 +16,8 @@ def require_first_order(name: str) -> None:
     """Called in a backward: UnsupportedModelError where a graph of it is built, for derivatives that are none."""
     if torch.is_grad_enabled():
         raise UnsupportedModelError(
-            f"{name}: got a gradient of gradients (create_graph=True, as a gradient penalty has it), and rounded errors "
-            "have none. Leave the layers that it passes float with skip=."
+            f"{name}: got a gradient of gradients (create_graph=True, as a gradient penalty has it), and rounded "
+            "errors have none. Leave the layers that it passes float with skip=."
         )
 
 
