@@ -1,6 +1,6 @@
 """Cost of WAGEUBN's training step over that of the float step, and of its parts.
 
-    python benchmarks/full_step.py [--net resnet20 | vgg | mlp] [--rounds 15] [--json FILE]
+    python benchmarks/full_step.py [--net resnet20 | vgg | mlp] [--batch 128] [--rounds 15] [--json FILE]
 
 Rows, all on one thread and alternating; the last column divides by the first of them:
     simulate       products by float32 under a proof

@@ -1,6 +1,6 @@
 """Cost of Jacinto's training step over that of the float step: its backward variants, and its phases.
 
-    python benchmarks/merged_step.py [--net resnet20] [--rounds 15] [--no-compile] [--json FILE]
+    python benchmarks/merged_step.py [--net resnet20] [--batch 64] [--rounds 15] [--no-compile] [--json FILE]
 
 Rows, all on one thread and alternating, by ``ste_weights`` (or ``bn_value="batch"``):
     float, quantized, folded, batch    batch norms and ranges follow the batches

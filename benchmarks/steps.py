@@ -56,10 +56,14 @@ def main(doc: str | None, rows: Rows, beside: str | None = None) -> None:
     """The command line of such a benchmark."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--net", choices=NETS, default="resnet20")
+    parser.add_argument("--batch", type=int, help="samples; the net's own number without")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiled steps")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
+    if options.batch is not None:
+        make, (_, *sample) = NETS[options.net]
+        NETS[options.net] = (make, (options.batch, *sample))
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message=".*")
     wanted = {label: row for label, row in rows.items() if not (row[1] and options.no_compile)}

@@ -1,4 +1,4 @@
-"""Fine-tune a public float ResNet-20 to 8/8 and 4/4 bits in one epoch of CIFAR-10, beside an epoch in float.
+"""Fine-tune a public float ResNet-20 to low bits in one epoch of CIFAR-10, beside an epoch in float.
 
     python examples/finetune_resnet20.py --checkpoint resnet20-12fca82f.th --data.root cifar10.zip --seeds 0 1
 
@@ -22,7 +22,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import Timer
 from resnet import LitResNet
 
-from lightning_lowbit import Jacinto, QuantCallback, Scheme, Tqt
+from lightning_lowbit import Jacinto, QuantCallback, Scheme, Tqt, Wageubn
 
 ROWS: dict[str, tuple[str, Scheme | None]] = {
     "float": ("float", None),
@@ -35,6 +35,11 @@ ROWS: dict[str, tuple[str, Scheme | None]] = {
     "jacinto": ("8/8, ranges by statistics (jacinto)", Jacinto()),
     "jacinto-folded": ("the same, gradient of the merged convolution", Jacinto(ste_weights="folded")),
     "jacinto-4/8": ("4-bit weights a channel, 8-bit activations (jacinto)", Jacinto(preset="WC4_AT8")),
+    # lr_scale: gradients are brought to one size, and the rate alone is the size of a step.
+    "full-8": ("forward, backward and update in 8 bits (wageubn)", Wageubn(lr_scale=5)),
+    "full-8-shift8": ("the same, layers' errors with one unit", Wageubn(lr_scale=5, e2="shift8")),
+    "full-8-shift16": ("the same in 16 bits", Wageubn(lr_scale=5, e2="shift16")),
+    "full-8-flag16": ("the same in 16 bits with two units", Wageubn(lr_scale=5, e2="flag16")),
 }
 
 
@@ -59,7 +64,7 @@ def run(scheme: Scheme | None, data: CifarData, args: argparse.Namespace) -> tup
 
     Before means the float network as loaded, or the quantized one after calibration.
     """
-    model = LitResNet(blocks=args.blocks)
+    model = LitResNet(blocks=args.blocks, lr=args.lr)
     timer = Timer()
     callbacks: list[Callback] = [timer]
     quant = None
@@ -116,6 +121,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--blocks", type=int, default=3, help="per stage: 3 ResNet-20, 5 ResNet-32, 9 ResNet-56")
     parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--threads", type=int, help="cap on torch's threads")
     parser.add_argument("--accelerator", default="auto")
     parser.add_argument("--json", type=Path, help="write the results here as well")

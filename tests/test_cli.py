@@ -243,7 +243,7 @@ def test_a_bare_name_takes_the_options_of_the_checkpoint(
 
 # Each run has a version folder of its own, so the checkpoint lies in another than the one in use.
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning:lightning.pytorch.callbacks")
-@pytest.mark.parametrize("name", ["digits_tqt", "digits_float", "f8net_digits", "jacinto_digits"])
+@pytest.mark.parametrize("name", ["digits_tqt", "digits_float", "f8net_digits", "jacinto_digits", "wageubn_digits"])
 def test_an_example_config_trains_and_its_checkpoint_validates(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

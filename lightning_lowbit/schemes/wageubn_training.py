@@ -145,7 +145,7 @@ class ClosedRule(UpdateRule):
     def _finds_nonfinite(self, optimizer: torch.optim.Optimizer, context: StepContext) -> bool:
         """Whether any process met a value that is none, in this step's gradients, errors or activations."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        found = [~torch.isfinite(max_abs(g.coalesce().values() if g.is_sparse else g)) for g in gradients]
+        found = [~torch.isfinite(max_abs(_numbers(g))) for g in gradients]
         found += [~torch.isfinite(q.width[-1]) for q in self.widths]  # their reach
         errors, self.switch.run.nonfinite = self.switch.run.nonfinite, 0
         device = found[0].device if found else torch.device("cpu")
@@ -156,9 +156,9 @@ class ClosedRule(UpdateRule):
         self.skipped += 1
         every = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if context.grad_scale != 1.0:  # a gradient scaler looks for its scale this way, in the gradients
-            told = next((p.grad for p in every if p.grad is not None and not p.grad.is_sparse), None)
+            told = next((p.grad for p in every if p.grad is not None), None)
             if told is not None:
-                told.fill_(torch.inf)
+                (told._values() if told.is_sparse else told).fill_(torch.inf)
             return
         for parameter in every:
             parameter.grad = None
@@ -358,6 +358,12 @@ class ClosedRule(UpdateRule):
                 entry.parameter.copy_(self._shown(entry, self.masters[name]))
         for name, codes in state["accumulators"].items():
             self.accumulators[name] = codes.clone().to(self.stored[name].parameter.device)
+
+
+def _numbers(gradient: Tensor) -> Tensor:
+    """The real numbers of a gradient of whatever kind: the user's own parameters may be sparse or complex."""
+    values = gradient.coalesce().values() if gradient.is_sparse else gradient
+    return torch.view_as_real(values) if values.is_complex() else values
 
 
 def _by_rule(widths: list[WidthQuantizer]) -> dict[Any, list[WidthQuantizer]]:

@@ -21,6 +21,7 @@ sys.path.insert(0, str(EXAMPLES))
 import cifar  # noqa: E402
 import finetune_resnet20  # noqa: E402
 import fixed_point  # noqa: E402
+import full_8bit  # noqa: E402
 import integer_training  # noqa: E402
 import mnist  # noqa: E402
 import resnet  # noqa: E402
@@ -182,9 +183,11 @@ def test_shortcut_takes_every_second_pixel_between_zero_channels() -> None:
 
 
 def test_finetune_prints_every_row(root: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["--checkpoint", str(checkpoint), "--data.root", str(root), "--data.batch_size", "8"]
-    results = finetune_resnet20.main([*argv, "--blocks", "1", "--seeds", "0", "1", "--accelerator", "cpu"])
+    argv = ["--checkpoint", str(checkpoint), "--data.root", str(root), "--data.batch_size", "20", "--blocks", "1"]
+    argv += ["--accelerator", "cpu"]
+    results = finetune_resnet20.main(argv)
     assert list(results) == list(finetune_resnet20.ROWS)
+    results["float"] = finetune_resnet20.main([*argv, "--rows", "float", "--seeds", "0", "1"])["float"]
 
     model = resnet.LitResNet(blocks=1)
     finetune_resnet20.load_public(model, checkpoint)
@@ -194,7 +197,7 @@ def test_finetune_prints_every_row(root: Path, checkpoint: Path, capsys: pytest.
     accuracy = 100 * float((logits.argmax(1) == test.labels).float().mean())
     assert results["float"].before == pytest.approx([accuracy] * 2, abs=1e-3)
     for result in results.values():
-        assert len(result.before) == len(result.after) == len(result.minutes) == 2
+        assert len(result.before) == len(result.after) == len(result.minutes) == 1 + (result.label == "float")
         assert all(0 <= accuracy <= 100 for accuracy in result.before + result.after)
     printed = capsys.readouterr().out
     assert all(f"| {result.label} |" in printed for result in results.values())
@@ -342,3 +345,35 @@ def test_jacinto_yaml_trains_and_calibrates(
     before = torch.load(checkpoint)["state_dict"]
     assert not torch.equal(state["net.layer2.0.conv1.weight"], before["module.layer2.0.conv1.weight"])
     assert any(key.endswith("lowbit_output.clips") for key in state)
+
+
+# -- full 8 bits -------------------------------------------------------------------------------------------------------
+def test_full_8bit_prints_both_rows(root: Path, idx: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--net", "cnn", "--epochs", "4", "--json", str(tmp_path / "json")]
+    results = full_8bit.main(argv)
+    printed = capsys.readouterr().out
+    assert list(results) == ["float", "wageubn"]
+    assert all(f"| {row} |" in printed for row in results)
+    assert min(result.epochs[0][-1] for result in results.values()) > 85
+    assert json.loads((tmp_path / "json").read_text())["wageubn"]["epochs"] == results["wageubn"].epochs
+    for net, folder in (("lenet", idx), ("digits_bn", idx), ("resnet20", root)):
+        argv = ["--net", net, "--data.root", str(folder), "--data.batch_size", "4", "--steps_per_epoch", "1"]
+        results = full_8bit.main([*argv, "--rows", "wageubn", "--wageubn", '{"e2": "flag16"}'])
+        assert all(0 <= value <= 100 for curve in results["wageubn"].epochs for value in curve)
+    with pytest.raises(SystemExit):
+        full_8bit.main(["--net", "lenet"])
+    assert "--net lenet needs --data.root" in capsys.readouterr().err
+
+
+def test_full_8bit_yaml_trains(root: Path, idx: Path, checkpoint: Path, tmp_path: Path) -> None:
+    cli = pytest.importorskip("lightning_lowbit.cli")
+    small = ["--model.blocks", "1", "--quant.init_from", str(checkpoint)]
+    for name, folder, options in (("wageubn_resnet20", root, small), ("wageubn_mnist", idx, [])):
+        words = ["fit", "--config", str(EXAMPLES / "configs" / f"{name}.yaml"), "--data.root", str(folder)]
+        words += ["--data.batch_size", "8", "--trainer.max_epochs", "1", *options]
+        cli.main([*words, "--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path / name)])
+        (file,) = (tmp_path / name).rglob("*.ckpt")
+        state = torch.load(file, weights_only=False)["state_dict"]
+        scale = next(key for key in state if key.endswith(".lowbit_weight.scale"))
+        codes = state[scale.replace("lowbit_weight.scale", "weight")] * 2.0 ** (23 - state[scale])
+        assert torch.equal(codes, codes.round())  # on the grid of what is stored

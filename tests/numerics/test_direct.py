@@ -172,14 +172,15 @@ def test_whole_graphs_equal_eager() -> None:
 def test_rectified_values_are_those_of_the_rectified_tensor(fraction: int, bits: int) -> None:
     x = torch.cat([torch.randn(300_000) * 4, torch.tensor([0.0, -0.0, math.inf, -math.inf, 2.0**-30, 0.5, 1.5])])
     x = torch.cat([x, (torch.arange(-20, 20) + 0.5) * 2.0**-fraction]).reshape(-1, 1, 1)
-    for given in (
+    for values in (
         x,
         x.double(),
         x.expand(-1, 2, 1),
         x.reshape(-1, 1, 1, 1).contiguous(memory_format=torch.channels_last),
     ):
-        y, positive = rectified_values(given, fraction, bits)
-        assert torch.equal(y, fixed_width_values(torch.relu(given), fraction, bits=bits, signed=False))
-        assert torch.equal(positive, given > 0)
+        y, positive = rectified_values(values, fraction, bits)
+        assert torch.equal(y, fixed_width_values(torch.relu(values), fraction, bits=bits, signed=False))
+        assert torch.equal(positive, values > 0)
     y, positive = rectified_values(torch.tensor([math.nan, 1.0]), 3, 8)
-    assert math.isnan(y[0]) and not positive[0]
+    assert math.isnan(y[0])
+    assert not positive[0]

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from schemes.conformance import STEPS, Net, SaveAt, copy_of, differing, loader, net, trainer
 from schemes.wageubn_nets import chain, converted, errors, finite, images, norms, rule, state
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_lowbit import QuantCallback, Wageubn
+from lightning_lowbit import QuantCallback, Wageubn, lowbit_step
 from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.schemes.wageubn_training import ClosedRule
 
@@ -218,3 +218,21 @@ def test_a_warm_up_is_float() -> None:
     callback = QuantCallback(Wageubn(), start="3 steps", resume_order=True, evaluate=False)
     trainer(callback, look).fit(net(), loader(), loader())
     assert look.started == [False] * 3 + [True] * (STEPS - 3)
+
+
+def test_a_complex_parameter_of_the_user_s_is_no_matter() -> None:
+    class Spectral(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.filter = nn.Parameter(torch.ones(6, dtype=torch.complex64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * self.filter).real
+
+    found = converted(
+        nn.Sequential(Spectral(), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)),
+        torch.randn(8, 6),
+    )
+    found(torch.randn(8, 6)).square().mean().backward()
+    lowbit_step(found, torch.optim.SGD(found.parameters(), 0.1))
+    assert rule(found).skipped == 0
