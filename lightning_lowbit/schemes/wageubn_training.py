@@ -59,7 +59,7 @@ class ClosedRule(UpdateRule):
 
     Args:
         scheme: its options.
-        modules: the low-bit modules by path.
+        modules: by path, the low-bit modules and those of the user's that hold a quantizer.
 
     Attributes:
         masters: by parameter name, codes of stored weights, int32.
@@ -77,14 +77,10 @@ class ClosedRule(UpdateRule):
         self.places = {name: place for place, name in enumerate(self.stored)}
         self.names = {id(entry.parameter): name for name, entry in self.stored.items()}
         held = [child for module in modules.values() for child in module.children()]
-        held += [
-            q for m in modules.values() for q in (m.__dict__.get("input_grid"), *m.__dict__.get("operand_grids", ()))
-        ]
-        unique = list({id(child): child for child in held}.values())
-        self.norms = [child for child in unique if isinstance(child, NormGrids)]
-        self.widths = [child for child in unique if isinstance(child, WidthQuantizer) and child.leader is child]
+        self.norms = [child for child in held if isinstance(child, NormGrids)]
+        self.widths = [child for child in held if isinstance(child, WidthQuantizer) and child.leader is child]
         self.gates = [
-            child.gate for child in unique if isinstance(child, (ErrorQuantizer, WidthQuantizer)) and child.gate
+            child.gate for child in held if isinstance(child, (ErrorQuantizer, WidthQuantizer)) and child.gate
         ]
         self.switch = next(module.switch for module in modules.values() if isinstance(module, LowBitModule))
         self.dr = Values("dr", scheme.dr or (128,))
