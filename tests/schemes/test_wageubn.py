@@ -309,15 +309,12 @@ def test_quantizers_stand_where_the_publication_has_them() -> None:
 
 
 # -- two processes -------------------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    run_script(Path(__file__).with_name("wageubn_ranks.py"), folder)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+def ranks_with_different_data_hold_the_same(ranks: Any) -> None:
+    for run in ("plain", "shared", "fake"):
+        _same(ranks, run)
 
 
-@pytest.mark.parametrize("run", ["plain", "shared", "fake"])
-def test_ranks_with_different_data_hold_the_same(ranks: Any, run: str) -> None:
+def _same(ranks: Any, run: str) -> None:
     apart = [key for key in differing(*(rank[run] for rank in ranks)) if not key.startswith("own ")]
     assert {key.split(".")[-1] for key in apart} == {"running_mean", "running_var"}
     found = ranks[0][run]
@@ -325,7 +322,7 @@ def test_ranks_with_different_data_hold_the_same(ranks: Any, run: str) -> None:
     assert any(key.startswith("master") for key in found) == (run != "fake")
 
 
-def test_a_synchronized_norm_is_one_norm_of_all_values(ranks: Any) -> None:
+def a_synchronized_norm_is_one_norm_of_all_values(ranks: Any) -> None:
     whole = ranks[0]["whole"]
     for name in ("y", "x"):
         got = torch.cat([rank["sync"][name] for rank in ranks])
@@ -335,14 +332,14 @@ def test_a_synchronized_norm_is_one_norm_of_all_values(ranks: Any) -> None:
         assert torch.equal(rank["sync"]["running_var"], whole["running_var"])
 
 
-def test_widths_hold_the_data_of_all_ranks(ranks: Any) -> None:
+def widths_hold_the_data_of_all_ranks(ranks: Any) -> None:
     for rank in ranks:
         integer = int(rank["plain"]["conv1.lowbit_input.width"][0])
         assert 2.0**integer >= float(ranks[1]["plain"]["own largest"]) > 2.0 ** (integer - 1)
     assert float(ranks[0]["plain"]["own largest"]) * 4 < float(ranks[1]["plain"]["own largest"])
 
 
-def test_errors_share_a_unit_where_asked(ranks: Any) -> None:
+def errors_share_a_unit_where_asked(ranks: Any) -> None:
     for run, equal in (("plain", False), ("shared", True)):
         units = [rank[run]["own unit"] for rank in ranks]
         assert torch.equal(*units) == equal
@@ -350,9 +347,23 @@ def test_errors_share_a_unit_where_asked(ranks: Any) -> None:
     assert torch.equal(ranks[0]["shared"]["own unit"][0], torch.maximum(*first))
 
 
-def test_a_step_that_one_rank_must_skip_is_skipped_by_all(ranks: Any) -> None:
+def a_step_that_one_rank_must_skip_is_skipped_by_all(ranks: Any) -> None:
     for rank in ranks:
         assert float(rank["bad"]["own skipped"]) == 1
         assert all(bool(torch.isfinite(value).all()) for key, value in rank["bad"].items() if key[:3] != "own")
     apart = differing(ranks[0]["bad"], ranks[1]["bad"])
     assert {key for key in apart if not key.endswith(("running_mean", "running_var")) and key[:4] != "own "} == set()
+
+
+def test_two_ranks(tmp_path: Path) -> None:
+    """One pair of processes for all that is asked of them: starting it takes most of the time."""
+    run_script(Path(__file__).with_name("wageubn_ranks.py"), tmp_path)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    for check in (
+        ranks_with_different_data_hold_the_same,
+        a_synchronized_norm_is_one_norm_of_all_values,
+        widths_hold_the_data_of_all_ranks,
+        errors_share_a_unit_where_asked,
+        a_step_that_one_rank_must_skip_is_skipped_by_all,
+    ):
+        check(ranks)
