@@ -12,12 +12,20 @@ is ``lr_scale`` times that of the float row.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
 
-from integer_training import LEARNING_RATE, Curve, Result, fit, images, network, over_seeds, quiet_trainer
+from integer_training import (
+    Curve,
+    Result,
+    command_line,
+    fit,
+    images,
+    network,
+    over_seeds,
+    parsed,
+    quiet_trainer,
+    written,
+)
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import Timer
 
@@ -41,27 +49,8 @@ def run(row: str, data: LightningDataModule, args: argparse.Namespace, seed: int
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--net", choices=LEARNING_RATE, required=True, help="digits: mlp, cnn, digits_bn")
-    parser.add_argument("--data.root", dest="root", help="folder with MNIST, or zip or folder with CIFAR-10")
-    parser.add_argument("--data.cache", dest="cache", help="folder in which to keep the decoded images")
-    parser.add_argument("--data.batch_size", dest="batch_size", type=int, default=64)
-    parser.add_argument("--checkpoint", type=Path, help="of resnet20: a public .th file to start from")
-    parser.add_argument("--rows", nargs="+", choices=("float", "wageubn"), default=["float", "wageubn"])
-    parser.add_argument("--wageubn", type=json.loads, default={}, help='options as JSON: \'{"e2": "flag16"}\'')
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--steps_per_epoch", type=int, help="default all")
-    parser.add_argument("--accelerator", default="cpu")
-    parser.add_argument("--progress", action="store_true", help="show a progress bar")
-    parser.add_argument("--json", type=Path, help="write the results here as well")
-    args = parser.parse_args(argv)
-    if args.root is None and args.net in ("lenet", "vgg_small", "resnet20"):
-        parser.error(f"--net {args.net} needs --data.root")
-    results = over_seeds(args, lambda row, seed: run(row, images(args, seed), args, seed))
-    if args.json:
-        args.json.write_text(json.dumps({row: asdict(result) for row, result in results.items()}, indent=1))
-    return results
+    args = parsed(command_line(__doc__, "wageubn", '{"e2": "flag16"}'), argv)
+    return written(over_seeds(args, lambda row, seed: run(row, images(args, seed), args, seed)), args.json)
 
 
 if __name__ == "__main__":

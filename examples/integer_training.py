@@ -154,25 +154,43 @@ def table(results: dict[str, Result]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command_line(doc: str | None, scheme: str, example: str) -> argparse.ArgumentParser:
+    """What the examples that train from a network's name take; ``example`` is of the scheme's options."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--net", choices=LEARNING_RATE, required=True, help="digits: mlp, cnn, digits_bn")
     parser.add_argument("--data.root", dest="root", help="folder with MNIST, or zip or folder with CIFAR-10")
     parser.add_argument("--data.cache", dest="cache", help="folder in which to keep the decoded images")
     parser.add_argument("--data.batch_size", dest="batch_size", type=int, default=64)
     parser.add_argument("--checkpoint", type=Path, help="of resnet20: a public .th file to start from")
-    parser.add_argument("--rows", nargs="+", choices=("float", "niti"), default=["float", "niti"])
-    parser.add_argument("--niti", type=json.loads, default={}, help="options of Niti as JSON: '{\"mu\": [0, -1]}'")
+    parser.add_argument("--rows", nargs="+", choices=("float", scheme), default=["float", scheme])
+    parser.add_argument(f"--{scheme}", type=json.loads, default={}, help=f"its options as JSON: '{example}'")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--steps_per_epoch", type=int, help="default all")
     parser.add_argument("--accelerator", default="cpu")
-    parser.add_argument("--certificate", type=Path, help="write hashes of the last integer run here")
     parser.add_argument("--progress", action="store_true", help="show a progress bar")
     parser.add_argument("--json", type=Path, help="write the results here as well")
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.root is None and args.net in ("lenet", "vgg_small", "resnet20"):
         parser.error(f"--net {args.net} needs --data.root")
+    return args
+
+
+def written(results: dict[str, Result], path: Path | None) -> dict[str, Result]:
+    """The results, as JSON in a file too where one is named."""
+    if path is not None:
+        path.write_text(json.dumps({row: asdict(result) for row, result in results.items()}, indent=1))
+    return results
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
+    parser = command_line(__doc__, "niti", '{"mu": [0, -1]}')
+    parser.add_argument("--certificate", type=Path, help="write hashes of the last integer run here")
+    args = parsed(parser, argv)
 
     def seeded(row: str, seed: int) -> tuple[float, list[float], float]:
         if row == "niti":
@@ -182,9 +200,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
     results = over_seeds(args, seeded)
     if args.certificate is not None and "niti" in args.rows:
         print(f"\nCertificate of the integer run: {args.certificate}")
-    if args.json:
-        args.json.write_text(json.dumps({row: asdict(result) for row, result in results.items()}, indent=1))
-    return results
+    return written(results, args.json)
 
 
 if __name__ == "__main__":
