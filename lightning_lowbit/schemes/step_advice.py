@@ -17,8 +17,6 @@ from lightning_lowbit.numerics.step_size import finetune_lr, suggest_lr
 
 __all__ = ["Notices", "advise_lr", "lr_notice"]
 
-_GOOD = 30.0  # standard deviations of a layer's weights, over the whole run
-
 
 def advise_lr(model: nn.Module, steps: int | None = None, dr: int = 128, momentum: float = 0.25) -> float:
     """A learning rate for a converted network whose update is integer momentum.
@@ -48,7 +46,7 @@ def advise_lr(model: nn.Module, steps: int | None = None, dr: int = 128, momentu
 
 def lr_notice(
     spread: Sequence[float], lr: float, momentum: float, dr: int, format: UpdateFormat, steps: int | None,
-    least: float = 8.0,
+    least: float = 8.0, good: float = 30.0,
 ) -> str:  # fmt: skip
     """One sentence where a run's steps carry a weight so little that it cannot learn, else ''.
 
@@ -58,7 +56,7 @@ def lr_notice(
         dr: range of quantized gradients.
         format: of the update.
         steps: of the run; None where it has no end.
-        least: deviations that are enough: some from scratch, fewer where weights come from elsewhere.
+        least, good: deviations that are enough, and that are advised: fewer where weights come from elsewhere.
 
     >>> lr_notice([0.1], 0.01, 0.25, 128, UpdateFormat(), 200)
     'learning rate 0.01 carries a weight at most 0.21 standard deviations in 200 steps; 0.998 carries it 20.8'
@@ -72,7 +70,7 @@ def lr_notice(
     reach = steps * dr * 2.0 ** (1 - format.gradient) / (1 - momentum) / mean
     if not mean or reach * lr >= least or lr <= 0:
         return ""
-    better = suggest_lr(mean, steps, dr, momentum, _GOOD, format.gradient, format.learning_rate)
+    better = suggest_lr(mean, steps, dr, momentum, good, format.gradient, format.learning_rate)
     return (
         f"learning rate {lr:g} carries a weight at most {reach * lr:.2g} standard deviations in {steps} steps; "
         f"{better:.3g} carries it {reach * better:.3g}"

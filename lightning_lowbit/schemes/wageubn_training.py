@@ -188,8 +188,8 @@ class ClosedRule(UpdateRule):
             return
         ours = [self.stored[self.names[id(p)]] for p in group["params"] if id(p) in self.names]
         spread = [float(e.parameter.detach().std()) * 2.0**-e.power for e in ours if e.weight]
-        least = 2.0 if self.scheme.weight_range == "fit" else 8.0
-        words = lr_notice(spread, self.notices.largest, momentum, self.dr.now, self.format, steps, least)
+        enough = (2.0, 5.0) if self.scheme.weight_range == "fit" else (8.0, 30.0)
+        words = lr_notice(spread, self.notices.largest, momentum, self.dr.now, self.format, steps, *enough)
         self.notices.tell("carries", words)
 
     @torch.no_grad()
