@@ -76,10 +76,10 @@ class ErrorGate:
         peak, form = self._peak(g, run), self.form
         if keep is not None and not (form.check or form.clip_to_one) and form.kind == "shift" and form.bits <= _BYTE:
             return self._kept(g, peak, run, keep)
-        if self.form.kind == "flag":
-            y, finite = flag_quantize(g, self.form.bits, peak=peak)
+        if form.kind == "flag":
+            y, finite = flag_quantize(g, form.bits, peak=peak)
         else:
-            y, finite = shift_quantize(g, self.form.bits, clip_to_one=self.form.clip_to_one, peak=peak)
+            y, finite = shift_quantize(g, form.bits, clip_to_one=form.clip_to_one, peak=peak)
         run.nonfinite = run.nonfinite + (~finite).to(torch.int64)
         if form.check and not form.clip_to_one and bool(finite):
             self._require_grid(y, self._operand(g, peak)[0])

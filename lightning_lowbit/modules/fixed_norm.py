@@ -17,13 +17,13 @@ from lightning_lowbit.modules.stored import StoredWeight
 from lightning_lowbit.modules.widths import require_grid
 from lightning_lowbit.numerics.grid import Grid
 from lightning_lowbit.numerics.normalize import NormFormat, batch_norm, running_update
-from lightning_lowbit.numerics.widths import Format, fixed_unit, integer_bits_of_max
+from lightning_lowbit.numerics.normalize_format import OFF
+from lightning_lowbit.numerics.widths import Format, choose_format
 
 __all__ = ["NormGrids", "fixed_norm"]
 
 _WIDEST = 16  # integer bits that a normalized value may have
 _LEAST_GUARD = 4  # sixteen deviations are no explosion yet, whatever the batch
-_OFF = 32
 
 
 class NormGrids(Quantizer):
@@ -86,7 +86,7 @@ class NormGrids(Quantizer):
         return torch.zeros((), dtype=torch.int32)
 
     def grid(self) -> Grid:
-        return Grid(bits=_OFF, exponent=-self.format.fraction)
+        return Grid(bits=OFF, exponent=-self.format.fraction)
 
     def formats(self) -> dict[str, Format | None]:
         """Data widths by symbol, from the statistics and parameters as they are; None where there is none."""
@@ -100,10 +100,7 @@ class NormGrids(Quantizer):
 
 
 def _format(bits: int, value: Tensor | None) -> Format | None:
-    if value is None or bits >= _OFF or value.numel() == 0:
-        return None
-    largest = value.detach().abs().amax()
-    return fixed_unit(bits, int(integer_bits_of_max(largest, bits, True, bits - 1)))
+    return None if value is None or bits >= OFF else choose_format(value, "fixed_unit", bits)
 
 
 def fixed_norm(norm: Any, x: Tensor) -> Tensor:
@@ -137,7 +134,7 @@ def fixed_norm(norm: Any, x: Tensor) -> Tensor:
         xhat = (x.detach().to(torch.float64) - mean.reshape(shape)) / (deviation + 2.0**-15).reshape(shape)
         grids.reach = max(grids.reach or 0.0, float(xhat.abs().amax()))
     widths = (format.mean, format.deviation, format.xhat, format.gamma, format.beta)
-    if grids.check and y.dtype is torch.float32 and max(widths) < _OFF:
+    if grids.check and y.dtype is torch.float32 and max(widths) < OFF:
         require_grid(norm.path, y, format.fraction)
     return y
 

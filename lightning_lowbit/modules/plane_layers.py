@@ -17,6 +17,7 @@ from lightning_lowbit.modules.planes import Operand, Plane, together
 from lightning_lowbit.modules.quantizer import on
 from lightning_lowbit.modules.stored import StoredBias, StoredWeight
 from lightning_lowbit.modules.widths import WidthQuantizer, require_grid
+from lightning_lowbit.numerics.dtypes import compute_dtype
 from lightning_lowbit.numerics.through import require_first_order
 
 __all__ = ["multiplies_integers", "plane_layer"]
@@ -68,12 +69,12 @@ class _Product(torch.autograd.Function):
                 for p in a.planes
                 for q in w.planes
             ]
-        y = together(sums, a.exponent + w.exponent, _dtype(x))
+        y = together(sums, a.exponent + w.exponent, compute_dtype(x))
         if bias is not None:
             y += bias.reshape(-1, *([1] * spatial(layer)))
         if layer.scheme.check:
             _require_sums(layer, y, a, w)
-        ctx.layer, ctx.size, ctx.exponents, ctx.dtype = layer, x.shape, (a.exponent, w.exponent), _dtype(x)
+        ctx.layer, ctx.size, ctx.exponents, ctx.dtype = layer, x.shape, (a.exponent, w.exponent), compute_dtype(x)
         ctx.shifts = [p.shift for p in a.planes], [q.shift for q in w.planes]
         keep_a = a.planes if ctx.needs_input_grad[1] else ()
         ctx.save_for_backward(*(p.codes for p in (*keep_a, *w.planes)))
@@ -123,10 +124,6 @@ def _backend(layer: LowBitLayer) -> Iterator[None]:
         return
     with kernels.use(name):
         yield
-
-
-def _dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
 def _require_sums(layer: LowBitLayer, y: Tensor, a: Operand, w: Operand) -> None:

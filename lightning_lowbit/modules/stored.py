@@ -14,7 +14,7 @@ from lightning_lowbit.numerics.direct import direct_quantize, fixed_width_codes,
 from lightning_lowbit.numerics.exponent import ceil_log2
 from lightning_lowbit.numerics.grid import Grid
 from lightning_lowbit.numerics.observers import AllReduce
-from lightning_lowbit.numerics.widths import fixed_unit, integer_bits_of_max
+from lightning_lowbit.numerics.widths import choose_format
 
 __all__ = ["StoredBias", "StoredWeight", "WeightRange"]
 
@@ -117,8 +117,7 @@ class StoredBias(Quantizer):
         return torch.full((), 1 - self.bits, dtype=torch.int32)
 
     def grid(self) -> Grid:
-        largest = self.layer.bias.detach().abs().amax()
-        return fixed_unit(self.bits, int(integer_bits_of_max(largest, self.bits, True, self.bits - 1))).grid()
+        return choose_format(self.layer.bias, "fixed_unit", self.bits).grid()
 
     def observe(self, x: Tensor) -> None:
         self.require_finite(int((~torch.isfinite(x)).sum()))

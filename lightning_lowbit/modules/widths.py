@@ -20,7 +20,7 @@ from lightning_lowbit.numerics.grid import Grid
 from lightning_lowbit.numerics.observers import AllReduce
 from lightning_lowbit.numerics.through import require_first_order
 from lightning_lowbit.numerics.width_changes import Hysteresis
-from lightning_lowbit.numerics.widths import Criterion, Format, Policy, integer_bits
+from lightning_lowbit.numerics.widths import Criterion, Format, Policy, fixed_unit, fixed_width, integer_bits
 
 __all__ = ["WidthForm", "WidthQuantizer", "require_grid"]
 
@@ -90,9 +90,8 @@ class WidthQuantizer(ObservedQuantizer):
 
     @property
     def format(self) -> Format:
-        if self.form.policy == "fixed_unit":
-            return Format(self.form.bits - 1 + self.leader.integer + int(self.signed), self.leader.integer, self.signed)
-        return Format(self.form.bits, self.leader.integer, self.signed)
+        of = fixed_unit if self.form.policy == "fixed_unit" else fixed_width
+        return of(self.form.bits, self.leader.integer, self.signed)
 
     def exponent(self) -> Tensor:
         return torch.full((), -self.format.fraction, dtype=torch.int32)
@@ -173,8 +172,7 @@ class WidthQuantizer(ObservedQuantizer):
             for member, observer in self.observed():
                 if observer.histogram is not None:
                     observer.reduce(all_reduce)
-                form = member.form
-                fraction = form.bits - 1 if form.policy == "fixed_unit" else None
+                form, fraction = member.form, member.rule.fraction
                 if bool(observer.stats.abs_max(member.signed) > 0):
                     observer.signed = member.signed
                     found.append(

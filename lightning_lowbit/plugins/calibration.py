@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from lightning_lowbit.modules.base import switch_of
 from lightning_lowbit.modules.calibrate import calibrate
 from lightning_lowbit.modules.convert import quantizers
+from lightning_lowbit.modules.quantizer import Quantizer
 from lightning_lowbit.plugins.batches import drive
 from lightning_lowbit.plugins.distributed import all_reduce
 
@@ -70,25 +72,31 @@ def calibrate_before_evaluation(
     return True
 
 
+def _averages(trainer: Any) -> list[nn.Module]:
+    """The averaged copies of the network that callbacks keep, under its own names."""
+    copies = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]
+    wrapper = torch.optim.swa_utils.AveragedModel
+    return [copy.module if isinstance(copy, wrapper) else copy for copy in copies if copy is not None]
+
+
+def _twins(trainer: Any, module: nn.Module) -> Iterator[tuple[Quantizer, Any]]:
+    """Every quantizer of the network with its twin in each averaged copy."""
+    for copy in _averages(trainer):
+        twins = dict(copy.named_modules())
+        yield from ((quantizer, twins[path]) for path, quantizer in quantizers(module) if path in twins)
+
+
 def update_averages(trainer: Any, module: nn.Module, weights: bool = False) -> None:
     """Averaged copies were made of the float network; from here on they average grids.
 
     With ``weights`` they begin anew as a whole, since the network's weights are others.
     """
-    for callback in trainer.callbacks:
-        copy = getattr(callback, "_average_model", None)
-        if copy is None:
-            continue
-        wrapped = isinstance(copy, torch.optim.swa_utils.AveragedModel)
-        if weights:
-            (copy.module if wrapped else copy).load_state_dict(module.state_dict())
-            continue
-        twins = dict(copy.named_modules())
-        prefix = "module." if wrapped else ""
-        for path, quantizer in quantizers(module):
-            twin = twins.get(f"{prefix}{path}")
-            if twin is not None:
-                twin.load_state_dict(quantizer.state_dict())
+    if weights:
+        for copy in _averages(trainer):
+            copy.load_state_dict(module.state_dict())
+        return
+    for quantizer, twin in _twins(trainer, module):
+        twin.load_state_dict(quantizer.state_dict())
 
 
 def share_whole_numbers(trainer: Any, module: nn.Module) -> None:
@@ -96,12 +104,8 @@ def share_whole_numbers(trainer: Any, module: nn.Module) -> None:
 
     Before an evaluation, before a file is written and when an epoch ends: the next thing that reads them follows.
     """
-    for callback in trainer.callbacks:
-        copy = getattr(callback, "_average_model", None)
-        twins = {} if copy is None else dict(getattr(copy, "module", copy).named_modules())
-        for path, quantizer in quantizers(module) if twins else ():
-            twin: Any = twins.get(path)
-            for name in quantizer.whole if twin is not None else ():
-                getattr(twin, name).copy_(getattr(quantizer, name))
-            if twin is not None and quantizer.whole:
-                twin.refresh()
+    for quantizer, twin in _twins(trainer, module):
+        for name in quantizer.whole:
+            getattr(twin, name).copy_(getattr(quantizer, name))
+        if quantizer.whole:
+            twin.refresh()

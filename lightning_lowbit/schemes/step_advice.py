@@ -68,7 +68,7 @@ def lr_notice(
     mean = sum(spread) / len(spread)
     momentum = momentum_code(momentum, format) * 2.0 ** (1 - format.momentum)
     reach = steps * dr * 2.0 ** (1 - format.gradient) / (1 - momentum) / mean
-    if not mean or reach * lr >= least or lr <= 0:
+    if reach * lr >= least or lr <= 0:
         return ""
     better = suggest_lr(mean, steps, dr, momentum, good, format.gradient, format.learning_rate)
     return (

@@ -23,10 +23,11 @@ from lightning_lowbit.modules.stored import StoredBias, StoredWeight
 from lightning_lowbit.modules.widths import WidthForm, WidthQuantizer
 from lightning_lowbit.numerics.momentum import UpdateFormat
 from lightning_lowbit.numerics.normalize import NormFormat
+from lightning_lowbit.numerics.normalize_format import OFF
 from lightning_lowbit.numerics.widths import Criterion, Policy
 from lightning_lowbit.schemes.options import require_matches
 from lightning_lowbit.schemes.values import value_milestones
-from lightning_lowbit.schemes.wageubn_options import DEFAULTS, OFF, check_options, settings_of
+from lightning_lowbit.schemes.wageubn_options import DEFAULTS, check_options, settings_of
 
 if TYPE_CHECKING:
     from lightning_lowbit.graph.network import Flow
@@ -231,12 +232,9 @@ class Wageubn(Scheme):
 
     def _activation(self, site: Site) -> Quantizer | None:
         rectifies = site.op in _ACTIVATIONS and site.slot == "lowbit_output"
-        wanted = {
-            "input": site.source is None or site.dropped,
-            "output": rectifies or site.multiplied or self.io == "strict" or (site.op in _SUMS and self.io != "none"),
-            "operand": rectifies or site.multiplied or self.io == "strict" or (site.op in _SUMS and self.io != "none"),
-            "result": rectifies or self.io == "strict",
-        }
+        leaves = rectifies or self.io == "strict"
+        read = leaves or site.multiplied or (site.op in _SUMS and self.io != "none")
+        wanted = {"input": site.source is None or site.dropped, "output": read, "operand": read, "result": leaves}
         if not wanted.get(site.role, False):
             return None
         form = self._width(site.path, "act_bits", "act_format")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_lowbit.errors import ConfigError, nearest
 from lightning_lowbit.modules.moments import check_moment
+from lightning_lowbit.numerics.normalize_format import OFF
 from lightning_lowbit.schemes.options import (
     check_bits,
     check_choice,
@@ -19,9 +20,8 @@ from lightning_lowbit.schemes.options import (
 if TYPE_CHECKING:
     from lightning_lowbit.schemes.wageubn import Wageubn
 
-__all__ = ["DEFAULTS", "OFF", "PRESETS", "check_options", "settings_of"]
+__all__ = ["DEFAULTS", "PRESETS", "check_options", "settings_of"]
 
-OFF = 32  # bits from which on a value is left as it is
 OVERRIDABLE = ("weight_bits", "act_bits", "act_format")
 
 DEFAULTS: dict[str, Any] = {

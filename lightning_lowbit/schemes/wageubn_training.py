@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ClosedRule"]
 
-_LARGEST_STORED = 2**30  # of the codes of gamma, beta and biases
 _LARGEST_GRADIENT = 2**24  # codes of gradients of norms and biases, which are not brought to a range
 
 
@@ -276,8 +275,8 @@ class ClosedRule(UpdateRule):
             known = recover(value, self.format, self._bits(entry))
             if entry.weight and self.begun:
                 self._tell_clipped(name, value)
-            if not entry.weight and float(value.abs().max()) * 2.0 ** (self.format.weight - 1) > _LARGEST_STORED:
-                most = _LARGEST_STORED * 2.0 ** (1 - self.format.weight)
+            most = self.format.stored_limit(None) * 2.0 ** (1 - self.format.weight)
+            if not entry.weight and float(value.abs().max()) > most:
                 raise ConfigError(
                     f"{name}: got a value of {float(value.abs().max()):g}, expected at most {most:g}, which is what "
                     f"{self.format.weight} stored bits hold. Take fewer stored_bits, leave the layer float with skip=, "
