@@ -287,11 +287,16 @@ class ClosedRule(UpdateRule):
 
     def _tell_clipped(self, name: str, value: Tensor) -> None:
         beyond = int((value.abs() >= 1.0).sum())
+        if not beyond or self.scheme.weight_range == "one":
+            return
         words = (
-            f"{name}: {beyond} of {value.numel()} weights are beyond the range that it has had since its calibration"
+            f"{name}: {beyond} of {value.numel()} weights are beyond the range that it has had since its calibration, "
+            "and are clipped to it"
         )
-        if beyond and self.scheme.weight_range != "one":
-            self.notices.warn(f"clipped {name}", f"{words}, and are clipped to it. Load weights first, then calibrate.")
+        if self.scheme.quantize_gradients == 0:
+            self.notices.warn(f"clipped {name}", f"{words}. Load weights first, then calibrate.")
+        else:  # the user's optimizer has moved them until now
+            self.notices.tell(f"clipped {name}", words)
 
     def _bits(self, entry: Stored) -> int | None:
         """The bits of a weight whose stored codes end with them; None of what has no such end."""

@@ -254,3 +254,16 @@ def test_digits_train_from_scratch_in_twelve_epochs() -> None:
     run.fit(DigitsSgd(), DigitsData(seed=0))
     assert callback.metrics["float"]["val_acc"] < 0.3
     assert callback.metrics["trained"]["val_acc"] > 0.98  # 98.6 % where it was written, and 0.28 points are one image
+
+
+def test_weights_that_grew_before_the_update_began_are_told_and_not_warned_of() -> None:
+    found = converted(chain(), quantize_gradients="1 steps")
+    held = rule(found)
+    held.milestone("quantize_gradients", False, 1)
+    weight = next(entry for entry in held.stored.values() if entry.weight)
+    with torch.no_grad():
+        weight.parameter.view(-1)[0] = 3.0 * 2.0**weight.power
+    held.milestone("quantize_gradients", True, 1)
+    found(images()).square().mean().backward()
+    lowbit_step(found, torch.optim.SGD(found.parameters(), 0.1))
+    assert any("1 of" in words and "clipped" in words for words in held.news())
