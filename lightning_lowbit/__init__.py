@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from lightning_lowbit.callbacks.fraclen import FraclenSchedule
     from lightning_lowbit.callbacks.freeze import Freeze
     from lightning_lowbit.callbacks.quant import QuantCallback
+    from lightning_lowbit.export.lowering import lower
     from lightning_lowbit.export.packed import pack
+    from lightning_lowbit.export.program import IntegerProgram
     from lightning_lowbit.modules.base import Scheme, float_mode
-    from lightning_lowbit.plugins.checkpoint import float_state_dict, load_from_checkpoint
+    from lightning_lowbit.plugins.checkpoint import float_state_dict, load_from_checkpoint, save_compact
     from lightning_lowbit.plugins.precision import LowBitPrecision, lowbit_step
     from lightning_lowbit.plugins.strategy import LowBitDDPStrategy, LowBitStrategy
     from lightning_lowbit.reports.summary import summarize
@@ -44,6 +46,7 @@ __all__ = [
     "FoldBatchNorm",
     "FraclenSchedule",
     "Freeze",
+    "IntegerProgram",
     "Jacinto",
     "LowBitDDPStrategy",
     "LowBitPrecision",
@@ -60,7 +63,9 @@ __all__ = [
     "float_state_dict",
     "load_from_checkpoint",
     "lowbit_step",
+    "lower",
     "pack",
+    "save_compact",
     "summarize",
 ]
 
@@ -74,6 +79,7 @@ _HOME = {
     "FoldBatchNorm": "callbacks.fold",
     "FraclenSchedule": "callbacks.fraclen",
     "Freeze": "callbacks.freeze",
+    "IntegerProgram": "export.program",
     "Jacinto": "schemes.jacinto",
     "LowBitDDPStrategy": "plugins.strategy",
     "LowBitPrecision": "plugins.precision",
@@ -90,7 +96,9 @@ _HOME = {
     "float_state_dict": "plugins.checkpoint",
     "load_from_checkpoint": "plugins.checkpoint",
     "lowbit_step": "plugins.precision",
+    "lower": "export.lowering",
     "pack": "export.packed",
+    "save_compact": "plugins.checkpoint",
     "summarize": "reports.summary",
 }
 

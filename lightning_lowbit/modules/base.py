@@ -20,6 +20,7 @@ from lightning_lowbit.modules.update import StepContext, UpdateRule, same
 
 if TYPE_CHECKING:
     from lightning_lowbit.graph.network import Flow
+    from lightning_lowbit.modules.lowering import Builder
     from lightning_lowbit.modules.quantizer import Quantizer
     from lightning_lowbit.numerics.observers import AllReduce
 
@@ -200,6 +201,16 @@ class Scheme:
     def compute(self, layer: Any, *operands: Any, **settings: Any) -> Tensor:
         """The operation itself; for a layer the operands are input, weight and bias (None without)."""
         return layer.op(*operands, **settings)  # type: ignore[no-any-return]  # layers have op
+
+    def lower(self, build: Builder, module: Any, *operands: Any, **settings: Any) -> Any:
+        """Write what a module does in evaluation into an integer program: the twin of ``forward`` and ``compute``.
+
+        Args:
+            build: writes operations.
+            module: a layer, a norm or an operation, calibrated, in evaluation mode.
+            operands, settings: those of its call, tensors as ``Codes``.
+        """
+        return module.lower(build, *operands, **settings)
 
     def prepare(self, layer: nn.Module) -> None:
         """A last word on a converted layer before the run, e.g. weights moved onto their integer grid."""

@@ -13,11 +13,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_lowbit.modules.base import Scheme, Site, Switch
 from lightning_lowbit.modules.carrier import Carrier, apply, carry, is_codes, plain
+from lightning_lowbit.modules.lowering import Snap
 from lightning_lowbit.modules.quantizer import Quantizer
 from lightning_lowbit.numerics.exponent import EXPONENT_MIN, ceil_log2, clamp_exponent, pow2
 from lightning_lowbit.numerics.grid import Grid
 from lightning_lowbit.numerics.niti_rules import PAYLOAD_BITS, drawn_range, input_codes, weight_codes_maxnorm
 from lightning_lowbit.numerics.observers import AllReduce
+from lightning_lowbit.numerics.rounding import Rounding
 
 __all__ = ["BiasCodes", "BlockInput", "BlockRange", "ErrorRange", "WeightCodes", "largest_range", "stable_hash"]
 
@@ -121,6 +123,11 @@ class BlockRange(Quantizer):
     def grid(self) -> Grid:
         return Grid(bits=8, exponent=int(self.exponent()), narrow=self.narrow)
 
+    def as_snap(self) -> Snap:
+        """``quantize`` of float values in evaluation."""
+        exponent = clamp_exponent(_present(self.range()) - PAYLOAD_BITS)
+        return Snap(int(exponent), -127 if self.narrow else -128, 127, Rounding.HALF_EVEN)
+
 
 class ErrorRange(BlockRange):
     """Ranges of the errors of one module: of what it hands back, and of sums that come in where a tensor forked."""
@@ -158,15 +165,18 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, ranges: BlockRange) -> Tensor:
-        found = ranges.follow(lambda: largest_range(x), ranges.training)
-        # Nothing but zeros, on any process: the range is 1 by convention.
-        found = torch.where(found > EXPONENT_MIN, found, 0)
+        found = _present(ranges.follow(lambda: largest_range(x), ranges.training))
         ctx.integer = isinstance(x, Carrier)
         return carry(*input_codes(plain(x), found, narrow=ranges.narrow), ranges)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         return grad if ctx.integer else plain(grad), None
+
+
+def _present(found: Tensor) -> Tensor:
+    """A range; of nothing but zeros, on any process, it is 1 by convention."""
+    return torch.where(found > EXPONENT_MIN, found, 0)
 
 
 def largest_range(x: Tensor) -> Tensor:
@@ -225,7 +235,7 @@ class WeightCodes(Quantizer):
         found = largest_range(weight)
         if self.room:
             found = found.clamp(min=drawn_range(weight.shape))
-        return torch.where(found > EXPONENT_MIN, found, 0)
+        return _present(found)
 
     def integer_state(self) -> dict[str, Tensor]:
         return {"codes": self.codes(), "exponent": self.exponent()}

@@ -58,6 +58,7 @@ class Report:
     between: list[str] = field(default_factory=list)  # float functions whose results converted modules read
     notes: list[str] = field(default_factory=list)  # what the scheme says of this network
     findings: list[str] = field(default_factory=list)  # what will train badly under this scheme, and the way out
+    evaluation_only: bool = False  # loaded from a compact checkpoint: nothing to train
 
     def __str__(self) -> str:
         """One line: how many layers are low-bit, and what is not, by name; one more for each finding."""

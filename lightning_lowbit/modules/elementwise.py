@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_lowbit.graph.ops import Kind
 from lightning_lowbit.modules.base import LowBitModule
+from lightning_lowbit.modules.lowering import Builder, refuse
 from lightning_lowbit.modules.pooling import WINDOW, kind_of, window_sums
 from lightning_lowbit.modules.quantizer import Quantizer, on
 from lightning_lowbit.numerics.grid import Grid
@@ -56,6 +57,14 @@ class LowBitOp(LowBitModule):
         written = first.copy_(result)
         return written if written.dtype == result.dtype else result  # a sum that needs more bits than its operand had
 
+    def lower(self, build: Builder, *operands: Any, **settings: Any) -> Any:
+        """The forward of evaluation as integer operations."""
+        raise refuse(self.path, f"{type(self).__name__} does not say what its integers are", "Define lower() on it.")
+
+    def snapped(self, build: Builder, index: int, x: Any) -> Any:
+        """``operand`` in a program."""
+        return build.snap(x, self._modules.get(f"lowbit_operand_{index}"))  # type: ignore[arg-type]  # a Quantizer
+
     def operand(self, index: int, x: Any) -> Any:
         if not isinstance(x, Tensor):  # an argument of forward that was a number this time
             return x
@@ -87,6 +96,9 @@ class LowBitReLU(LowBitOp):
     def forward(self, input: Tensor, inplace: bool = False) -> Tensor:  # torch's name for it
         return self._run(input, self._rectify)
 
+    def lower(self, build: Builder, input: Any, inplace: bool = False) -> Any:
+        return build.snap(input, self.lowbit_output, True, 6.0 if self.six else None)
+
     def _rectify(self, x: Tensor) -> Tensor:
         if not self.switch.folding:
             return self.op(x)
@@ -112,6 +124,11 @@ class LowBitAdd(LowBitOp):
         if not self.switch.folding:
             return self.op(a, b)
         return on(self.lowbit_output, self.scheme.compute(self, self.operand(0, a), self.operand(1, b)))
+
+    def lower(self, build: Builder, input: Any, other: Any) -> Any:
+        return build.snap(
+            build.add([self.snapped(build, i, x) for i, x in enumerate((input, other))]), self.lowbit_output
+        )
 
     def result_grid(self) -> Grid | None:
         grids = self._common()
@@ -144,6 +161,11 @@ class LowBitCat(LowBitOp):
             return self.op(tensors, dim)
         tensors = [self.operand(index, x) for index, x in enumerate(tensors)]
         return on(self.lowbit_output, self.scheme.compute(self, tensors, dim))
+
+    def lower(self, build: Builder, tensors: Sequence[Any], dim: int = 0, axis: int | None = None) -> Any:
+        parts = [self.snapped(build, index, x) for index, x in enumerate(tensors)]
+        joined = build.concat(parts, dim if axis is None else axis, self.function is torch.stack)
+        return build.snap(joined, self.lowbit_output)
 
     def result_grid(self) -> Grid | None:
         return max(self._common(), key=lambda grid: grid.bits, default=None)
@@ -185,6 +207,10 @@ class LowBitAvgPool(LowBitOp):
             return self.op(input, *args, **kwargs)
         return on(self.lowbit_output, self.scheme.compute(self, self.operand(0, input), *args, **kwargs))
 
+    def lower(self, build: Builder, input: Any, *args: Any, **kwargs: Any) -> Any:
+        sums = build.pool(self.snapped(build, 0, input), self.kind, *args, **{**self.settings, **kwargs})
+        return build.snap(sums, self.lowbit_output)
+
     def result_grid(self) -> Grid | None:
         return None if self.lowbit_output is None or not self.lowbit_output.ready else self.lowbit_output.grid()
 
@@ -199,6 +225,9 @@ class LowBitAfter(LowBitOp):
 
     def forward(self, input: Tensor) -> Tensor:
         return on(self.lowbit_output, input)
+
+    def lower(self, build: Builder, input: Any) -> Any:
+        return build.snap(input, self.lowbit_output)
 
 
 def make_op(kind: Kind, target: Any, overwrites: bool = False) -> LowBitOp:

@@ -12,12 +12,16 @@ from lightning_lowbit.errors import UnsupportedModelError
 from lightning_lowbit.modules.block import BiasCodes, WeightCodes
 from lightning_lowbit.modules.carrier import Carrier, apply, is_codes
 from lightning_lowbit.modules.elementwise import LowBitReLU
-from lightning_lowbit.modules.integer_rounding import error_codes, rounded
+from lightning_lowbit.modules.integer_rounding import error_codes, lower_entry, lower_rounded, rounded
 from lightning_lowbit.modules.layers import LowBitConv1d, LowBitConv2d, LowBitLayer, LowBitLinear, product_settings
+from lightning_lowbit.modules.lowering import Builder, Codes
 from lightning_lowbit.numerics.block import ShiftRounding, align, shift_round
+from lightning_lowbit.numerics.exponent import pow2
 from lightning_lowbit.numerics.guards import FLOAT32_EXACT
 
-__all__ = ["PRODUCTS", "channel_sums", "collect", "integer_layer", "spatial", "unsupported"]
+__all__ = ["PRODUCTS", "channel_sums", "collect", "integer_layer", "lower_layer", "spatial", "unsupported"]
+
+_BIAS_LIMIT = 2**30
 
 
 class Products(Protocol):
@@ -136,19 +140,37 @@ class _Product(torch.autograd.Function):
 
 def _with_bias(acc: Tensor, layer: Any, exponent: Tensor) -> Tensor:
     """The bias shifted onto the accumulator's exponent: right with ties away from zero, left within 30 bits."""
-    quantizer: BiasCodes = layer.lowbit_bias
-    shift = exponent - quantizer.exponent()
-    left = shift.neg().clamp(0, 30)
-    limit = 2**30 >> left  # beyond it a left shift would leave int32
-    moved = shift_round(quantizer.codes().to(torch.int32), shift.clamp(min=0), ShiftRounding.HALF_AWAY)
-    moved = torch.minimum(torch.maximum(moved, -limit), limit) << left
+    moved, products = _moved_bias(layer, exponent), 128 * 127 * layer.weight[0].numel()
     if acc.dtype is torch.float32:
-        products = 128 * 127 * layer.weight[0].numel()
         if acc.device.type == "cpu" and products + int(moved.abs().amax()) < FLOAT32_EXACT:
             moved = moved.to(torch.float32)  # proved: the sum with the bias is exact too
         else:
             acc = acc.to(torch.int32)
+    elif products + _BIAS_LIMIT >= 2**31:
+        acc = acc.to(torch.int64)
     return acc.add_(moved.reshape(-1, *([1] * spatial(layer))))
+
+
+def _moved_bias(layer: Any, exponent: Tensor) -> Tensor:
+    """Codes of the bias on the accumulator's exponent, int32, at most 2^30."""
+    quantizer: BiasCodes = layer.lowbit_bias
+    shift = exponent - quantizer.exponent()
+    left = shift.neg().clamp(0, 30)
+    limit = _BIAS_LIMIT >> left  # beyond it a left shift would leave int32
+    moved = shift_round(quantizer.codes().to(torch.int32), shift.clamp(min=0), ShiftRounding.HALF_AWAY)
+    return torch.minimum(torch.maximum(moved, -limit), limit) << left
+
+
+def lower_layer(build: Builder, layer: Any, x: Codes) -> Codes:
+    """``integer_layer`` of evaluation: the exponents are known, and with them the bias on that of the products."""
+    x, weight = lower_entry(build, x, layer.lowbit_input), layer.lowbit_weight
+    exponent, bias = x.exponent + weight.exponent(), None
+    if layer.lowbit_bias is not None:
+        bias = _moved_bias(layer, exponent).double() * pow2(exponent, torch.float64)
+    values = weight.codes().double() * pow2(weight.exponent(), torch.float64)
+    return lower_rounded(
+        build, build.product(layer, x, values, weight.exponent(), bias), layer, layer.lowbit_accumulator
+    )
 
 
 def spatial(layer: Any) -> int:

@@ -13,13 +13,15 @@ from lightning_lowbit.kernels import bit_width
 from lightning_lowbit.modules.block import BlockRange
 from lightning_lowbit.modules.carrier import Carrier, apply, carry, is_codes
 from lightning_lowbit.modules.elementwise import LowBitAvgPool
+from lightning_lowbit.modules.integer_ops import lower_operands
 from lightning_lowbit.modules.integer_pooling import Windows, zeros_for
-from lightning_lowbit.modules.integer_rounding import error_codes
+from lightning_lowbit.modules.integer_rounding import error_codes, lower_carried, lower_entry
+from lightning_lowbit.modules.lowering import Builder, Codes, Snap
 from lightning_lowbit.modules.pooling import WINDOW, as_tuple
 from lightning_lowbit.numerics.niti_rules import PAYLOAD_BITS
 from lightning_lowbit.numerics.rounding import Rounding, divide_rounded
 
-__all__ = ["integer_mean"]
+__all__ = ["integer_mean", "lower_mean"]
 
 
 class _Mean(Protocol):
@@ -77,10 +79,28 @@ def integer_mean(op: LowBitAvgPool, x: Tensor, *args: Any, **settings: Any) -> T
     """
     if not is_codes(x):
         return op.op(x, *args, **settings)
-    mean = _over_axes(x, *args, **settings) if op.kind is None else _over_windows(op, x, args, settings)
+    mean = _mean_of(op, x, args, settings)
     if mean is None:
         return op.op(x, *args, **settings)
     return apply(_MeanFn, x, op, mean)
+
+
+def lower_mean(build: Builder, op: LowBitAvgPool, input: Codes, *args: Any, **settings: Any) -> Codes:
+    """``integer_mean`` of evaluation; windows of unequal size are divided there as exactly, with another tie rule."""
+    (x,), ranges = lower_operands(build, op, (input,)), op.lowbit_accumulator
+    assert isinstance(ranges, BlockRange)
+    sums, mean = build.pool(x, op.kind, *args, **{**op.settings, **settings}), None
+    if x.word == 8:
+        like = torch.empty([max(size, 1) for size in x.shape], device="meta")  # only its shape counts
+        mean = _mean_of(op, like, args, settings)
+    if mean is None:
+        return lower_entry(build, sums, ranges)
+    f = int(_bits_kept(x.exponent - ranges.range(), mean.count))
+    return lower_carried(build, build.snap(sums, Snap(x.exponent - f, -127, 127, Rounding.HALF_AWAY)))
+
+
+def _mean_of(op: LowBitAvgPool, x: Tensor, args: Any, settings: dict[str, Any]) -> _Mean | None:
+    return _over_axes(x, *args, **settings) if op.kind is None else _over_windows(op, x, args, settings)
 
 
 def _over_axes(x: Tensor, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> _Mean:
@@ -118,14 +138,12 @@ class _MeanFn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Carrier, op: LowBitAvgPool, mean: _Mean) -> Tensor:
         sums, ranges = mean.sums(x.payload), op.lowbit_accumulator
-        finest = x.exponent - _fraction_bits(mean.count)
 
         # max|sum| <= 2^w, so the means are at most 2^(w - floor(log2 n)).
         whole = mean.count.bit_length() - 1
         assert isinstance(ranges, BlockRange)
         largest = ranges.follow(lambda: bit_width(sums) - whole + x.exponent, op.training)
-        exponent = torch.maximum(largest - PAYLOAD_BITS, finest)
-        f = (x.exponent - exponent).clamp(-31, 24)
+        f = _bits_kept(x.exponent - largest, mean.count)
         scaled = sums.to(torch.int64) << f.clamp(min=0)
         codes = divide_rounded(scaled, mean.count << (-f).clamp(min=0), Rounding.HALF_AWAY).clamp(-127, 127)
         ctx.op, ctx.mean = op, mean
@@ -140,6 +158,11 @@ class _MeanFn(torch.autograd.Function):
             err = divide_rounded(err.to(torch.int32) << (bits + 8), mean.count, Rounding.HALF_AWAY)
             bits += 8
         return Carrier(mean.spread(err), exponent - bits, ctx.op), None, None
+
+
+def _bits_kept(above: Tensor, n: int) -> Tensor:
+    """f of means of n values, in whose units their range is 2^-above."""
+    return (above + PAYLOAD_BITS).clamp(max=_fraction_bits(n)).clamp(-31, 24)
 
 
 def _fraction_bits(n: int) -> int:

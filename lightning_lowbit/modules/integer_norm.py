@@ -12,12 +12,17 @@ from torch import Tensor
 
 from lightning_lowbit.modules.block import BlockRange, largest_range
 from lightning_lowbit.modules.carrier import Carrier, apply, carry, is_codes
-from lightning_lowbit.modules.integer_rounding import error_codes
+from lightning_lowbit.modules.integer_rounding import error_codes, lower_carried, lower_entry
+from lightning_lowbit.modules.lowering import Builder, Codes, Snap, refuse
+from lightning_lowbit.numerics.affine import affine_parameters
 from lightning_lowbit.numerics.exponent import pow2
+from lightning_lowbit.numerics.integer_affine import integer_affine
 from lightning_lowbit.numerics.niti_rules import PAYLOAD_BITS
 from lightning_lowbit.numerics.rounding import Rounding, round_to
 
-__all__ = ["integer_norm"]
+__all__ = ["integer_norm", "lower_norm"]
+
+_FRACTIONS = ("fraction_in", "mean_fraction", "s_fraction", "xhat_fraction", "out_fraction", "product_fraction")
 
 
 def integer_norm(norm: Any, x: Tensor) -> Tensor:
@@ -37,10 +42,7 @@ class _Norm(torch.autograd.Function):
         else:
             count, mean, var = None, norm.running_mean.double(), norm.running_var.double()
         inverse = 1.0 / torch.sqrt(var + norm.eps)
-        gamma = torch.ones_like(mean) if weight is None else weight.double()
-        beta = torch.zeros_like(mean) if bias is None else bias.double()
-        slope = gamma * inverse * unit
-        offset = beta - gamma * inverse * mean
+        gamma, slope, offset = _line(weight, bias, mean, inverse, unit)
         y = q.double() * slope + offset
         ctx.norm, ctx.affine, ctx.count = norm, weight is not None, count
         ctx.save_for_backward(x.payload, x.exponent, mean, inverse, gamma)
@@ -71,6 +73,40 @@ class _Norm(torch.autograd.Function):
         # The errors carry the factor of a mean over processes, which these sums over all of them must not have twice.
         once = 0.5**run.error_bits
         return error, (sum_gx * once).float(), (sum_g * once).float(), None
+
+
+def _line(
+    weight: Tensor | None, bias: Tensor | None, mean: Tensor, inverse: Tensor, unit: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """gamma, and slope and offset of y as a function of the code, float64 [channels]."""
+    gamma = torch.ones_like(mean) if weight is None else weight.double()
+    beta = torch.zeros_like(mean) if bias is None else bias.double()
+    return gamma, gamma * inverse * unit, beta - gamma * inverse * mean
+
+
+def lower_norm(build: Builder, norm: Any, x: Codes) -> Codes:
+    """``integer_norm`` of evaluation: 256 codes may come in, so integers exist that round each of them alike."""
+    ranges = norm.lowbit_accumulator
+    if norm.running_mean is None:
+        raise refuse(
+            norm.path, "it normalizes by the statistics of each batch", "Convert it with track_running_stats=True."
+        )
+    mean, var = norm.running_mean.double(), norm.running_var.double()
+    if x.word != 8:
+        a, b = affine_parameters(mean, var, norm.weight, norm.bias, norm.eps)
+        return lower_entry(build, build.island("affine", x, constants={"a": a, "b": b}), ranges)
+    exponent, codes = _exponent(ranges.range()), torch.arange(x.low, x.high + 1, device=mean.device)
+    inverse, unit = 1.0 / torch.sqrt(var + norm.eps), pow2(torch.tensor(x.exponent), torch.float64).to(mean.device)
+    _, slope, offset = _line(norm.weight, norm.bias, mean, inverse, unit)
+    step = pow2(-exponent, torch.float64)
+    results = _codes(codes.double()[:, None] * slope + offset, exponent).to(torch.int64)
+    found = integer_affine(codes, results, slope * step, offset * step)
+    if found is None:
+        raise refuse(norm.path, "no integers of 61 bits round as its statistics do", "Convert with norms='fold'.")
+    m, b, s = found
+    constants = {"mean": torch.zeros_like(m), "s": torch.ones_like(m), "gamma": m, "beta": b}
+    y = build.normalize(x, dict.fromkeys(_FRACTIONS, 0) | {"limit": None}, constants, s - int(exponent))
+    return lower_carried(build, build.snap(y, Snap(int(exponent), -127, 127, Rounding.HALF_AWAY)))
 
 
 def _batch_moments(q: Tensor, unit: Tensor, norm: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,9 +143,17 @@ def _sum(rows: Tensor) -> Tensor:
 
 def _to_carrier(rows: Tensor, like: Tensor, ranges: BlockRange, training: bool, norm: Any) -> Carrier:
     """float64 rows rounded to codes, ties away from zero, in the shape and memory format of ``like``."""
-    exponent = ranges.follow(lambda: largest_range(rows), training) - PAYLOAD_BITS
-    exponent = torch.where(exponent < -PAYLOAD_BITS - 126, -PAYLOAD_BITS, exponent)  # nothing but zeros
-    scaled = rows * pow2(-exponent, torch.float64)
-    codes = round_to(scaled, Rounding.HALF_AWAY).clamp(-127, 127).to(torch.int8)
+    exponent = _exponent(ranges.follow(lambda: largest_range(rows), training))
     shape = (like.shape[0], *like.shape[2:], like.shape[1])
-    return carry(codes.reshape(shape).movedim(-1, 1), exponent, norm)
+    return carry(_codes(rows, exponent).reshape(shape).movedim(-1, 1), exponent, norm)
+
+
+def _exponent(found: Tensor) -> Tensor:
+    """That of codes in a range; of nothing but zeros by convention."""
+    exponent = found - PAYLOAD_BITS
+    return torch.where(exponent < -PAYLOAD_BITS - 126, -PAYLOAD_BITS, exponent)
+
+
+def _codes(rows: Tensor, exponent: Tensor) -> Tensor:
+    scaled = rows * pow2(-exponent, torch.float64)
+    return round_to(scaled, Rounding.HALF_AWAY).clamp(-127, 127).to(torch.int8)

@@ -12,11 +12,18 @@ from torch import Tensor
 from lightning_lowbit import kernels
 from lightning_lowbit.kernels.sums import aligned_sum
 from lightning_lowbit.modules.carrier import Carrier, apply, is_codes
-from lightning_lowbit.modules.elementwise import LowBitAdd, LowBitCat, LowBitReLU
-from lightning_lowbit.modules.integer_rounding import error_codes, random_bits, rounded
+from lightning_lowbit.modules.elementwise import LowBitAdd, LowBitCat, LowBitOp, LowBitReLU
+from lightning_lowbit.modules.integer_rounding import error_codes, lower_entry, lower_rounded, random_bits, rounded
+from lightning_lowbit.modules.lowering import Builder, Codes, Snap, refuse
+from lightning_lowbit.numerics.block import NARROW_ROOM, WIDE_ROOM
 from lightning_lowbit.numerics.exponent import pow2
+from lightning_lowbit.numerics.guards import FLOAT32_EXACT
+from lightning_lowbit.numerics.rounding import Rounding
 
-__all__ = ["integer_add", "integer_cat", "integer_dropout", "integer_dropout_channels", "integer_relu"]
+__all__ = [
+    "integer_add", "integer_cat", "integer_dropout", "integer_dropout_channels", "integer_relu", "lower_add",
+    "lower_cat", "lower_operands", "lower_relu",
+]  # fmt: skip
 
 
 def integer_relu(op: LowBitReLU, x: Tensor) -> Tensor:
@@ -48,6 +55,13 @@ class _ReLU(torch.autograd.Function):
         return Carrier(err * passed, exponent, ctx.op), None
 
 
+def lower_relu(build: Builder, op: LowBitReLU, input: Codes, inplace: bool = False) -> Codes:
+    """``integer_relu`` of evaluation."""
+    if not input.word:
+        return build.snap(input, None, True, 6.0 if op.six else None)
+    return build.clip(input, 0, min(math.floor(math.ldexp(6, -input.exponent)), 127) if op.six else None)
+
+
 def integer_add(op: LowBitAdd, a: Tensor, b: Tensor) -> Tensor:
     """Both operands on one exponent, added, rounded once; the error goes to both as it is."""
     if isinstance(a, Carrier) and isinstance(b, Carrier) and a.shape == b.shape:
@@ -66,6 +80,36 @@ class _Add(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         err, exponent = error_codes(grad, ctx.op, ctx.op.lowbit_error)
         return Carrier(err, exponent, ctx.op), Carrier(err, exponent, ctx.op), None
+
+
+def lower_add(build: Builder, op: LowBitAdd, input: Codes, other: Codes) -> Codes:
+    """``integer_add`` of evaluation; what it leaves to float code is exact there too, or made of floats here."""
+    a, b = lower_operands(build, op, (input, other))
+    if a.word and b.word and a.shape == b.shape:
+        # As in numerics.block.align: what lies too far below the other is shifted right first.
+        common = max(a.exponent, b.exponent) - (NARROW_ROOM if a.word == b.word == 8 else WIDE_ROOM)
+        terms = [_at_least(build, x, common) for x in (a, b)]
+        return lower_rounded(build, build.add(terms), op, op.lowbit_accumulator)  # type: ignore[arg-type]  # a BlockRange
+    if not (a.is_float or b.is_float):
+        step = min(a.exponent, b.exponent)
+        largest = sum(max(-x.low, x.high) << (x.exponent - step) for x in (a, b))
+        a, b = (a, b) if largest < FLOAT32_EXACT else (build.floats(a), b)
+    return lower_entry(build, build.add([a, b]), op.lowbit_accumulator)  # type: ignore[arg-type]
+
+
+def lower_operands(build: Builder, op: LowBitOp, operands: Sequence[Codes]) -> list[Codes]:
+    """Operands of an operation as it quantizes them."""
+    slots: list[Any] = [op._modules.get(f"lowbit_operand_{index}") for index in range(len(operands))]
+    if any(isinstance(x, (Tensor, int, float)) for x in operands):
+        raise refuse(op.path, "it reads a value that no layer made", "Leave that operation in float, behind the model.")
+    return [lower_entry(build, x, slot) for x, slot in zip(operands, slots, strict=True)]
+
+
+def _at_least(build: Builder, x: Codes, exponent: int) -> Codes:
+    """x on this exponent where its own is finer: shifted right, ties away from zero."""
+    if x.exponent >= exponent:
+        return x
+    return build.snap(x, Snap(exponent, min(x.low, 0), max(x.high, 0), Rounding.HALF_AWAY))
 
 
 def integer_cat(op: LowBitCat, tensors: Sequence[Tensor], dim: int) -> Tensor:
@@ -90,6 +134,19 @@ class _Cat(torch.autograd.Function):
         err, exponent = error_codes(grad, ctx.op, ctx.op.lowbit_error)
         parts = err.unbind(ctx.dim) if ctx.sizes is None else torch.split(err, ctx.sizes, ctx.dim)
         return None, None, *(Carrier(part, exponent, ctx.op) for part in parts)
+
+
+def lower_cat(
+    build: Builder, op: LowBitCat, tensors: Sequence[Codes], dim: int = 0, axis: int | None = None
+) -> Codes:
+    """``integer_cat`` of evaluation; floats, and sums that nobody followed, stay what they are."""
+    parts = lower_operands(build, op, tensors)
+    if all(x.word == 8 for x in parts):
+        exponent = max(x.exponent for x in parts)
+        parts = [build.snap(x, Snap(exponent, -127, 127, Rounding.HALF_AWAY)) for x in parts]
+    elif all(x.word for x in parts):  # as carriers of any width are joined: numerics.block.align_all
+        parts = [_at_least(build, x, max(x.exponent for x in parts) - WIDE_ROOM) for x in parts]
+    return build.concat(parts, dim if axis is None else axis, op.function is torch.stack)
 
 
 def integer_dropout(input: Carrier, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,12 +11,15 @@ from torch import Tensor
 from lightning_lowbit import kernels
 from lightning_lowbit.modules.block import BlockRange, ErrorRange, largest_range, stable_hash
 from lightning_lowbit.modules.carrier import Carrier, carry
+from lightning_lowbit.modules.lowering import Builder, Codes, Snap, refuse
 from lightning_lowbit.numerics.block import ShiftRounding
-from lightning_lowbit.numerics.exponent import pow2
+from lightning_lowbit.numerics.exponent import clamp_exponent, pow2
+from lightning_lowbit.numerics.guards import FLOAT32_EXACT
 from lightning_lowbit.numerics.niti_rules import PAYLOAD_BITS, act_shift
 from lightning_lowbit.numerics.noise import combine, counter_bits
+from lightning_lowbit.numerics.rounding import Rounding
 
-__all__ = ["error_codes", "random_bits", "rounded"]
+__all__ = ["error_codes", "lower_carried", "lower_entry", "lower_rounded", "random_bits", "rounded"]
 
 
 def random_bits(
@@ -59,6 +63,38 @@ def rounded(acc: Tensor, exponent: Tensor, origin: Any, ranges: BlockRange, purp
     if origin.scheme.wraps:  # the published code: what needs no shift is cast, and +128 becomes -128
         codes = torch.where(shift == 0, acc.to(torch.int8), codes)
     return carry(codes, exponent + shift, origin)
+
+
+def lower_rounded(build: Builder, acc: Codes, origin: Any, ranges: BlockRange) -> Codes:
+    """``rounded`` of evaluation: with the range the shift is frozen too."""
+    scheme, shift = origin.scheme, int(act_shift(ranges.range() - acc.exponent))
+    if scheme.shift_rounding("act") is not ShiftRounding.HALF_AWAY:
+        raise refuse(
+            origin.path, f"it rounds with act_rounding={scheme.act_rounding!r}, more than a shift and a tie rule",
+            "Train, or evaluate, with act_rounding='half_away'.",
+        )  # fmt: skip
+    if scheme.wraps and shift == 0:
+        if acc.low < -128 or acc.high > 127:
+            raise refuse(
+                origin.path, f"preset='reference' wraps its sums, {acc.low} to {acc.high}, to 8 bits without a shift",
+                "Train, or evaluate, with preset='recommended', which clips them.",
+            )  # fmt: skip
+        return lower_carried(build, acc)
+    return lower_carried(build, build.snap(acc, Snap(acc.exponent + shift, -127, 127, Rounding.HALF_AWAY)))
+
+
+def lower_carried(build: Builder, codes: Codes) -> Codes:
+    """``carry``: codes whose exponent would leave the range of float32 carriers are worth less or more."""
+    inside = int(clamp_exponent(torch.tensor(codes.exponent)))
+    return codes if inside == codes.exponent else build.scaled(codes, inside - codes.exponent)
+
+
+def lower_entry(build: Builder, x: Codes, ranges: BlockRange | None) -> Codes:
+    """``BlockRange.quantize``: what comes as codes stays; sums that nobody followed are read as float32."""
+    if ranges is None or x.word == 8:
+        return x
+    exact = x.is_float or max(-x.low, x.high) < FLOAT32_EXACT
+    return replace(build.snap(x if exact else build.floats(x), ranges), word=8)
 
 
 def error_codes(grad: Tensor, origin: Any, ranges: ErrorRange) -> tuple[Tensor, Tensor]:

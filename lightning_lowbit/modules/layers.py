@@ -17,6 +17,7 @@ from lightning_lowbit.errors import UnsupportedModelError
 from lightning_lowbit.graph.fold import batch_statistics
 from lightning_lowbit.graph.ops import Kind
 from lightning_lowbit.modules.base import LowBitModule, Mode
+from lightning_lowbit.modules.lowering import Builder
 from lightning_lowbit.modules.quantizer import Quantizer, on
 from lightning_lowbit.numerics.grid import Grid
 from lightning_lowbit.numerics.ste import gate_backward
@@ -102,6 +103,23 @@ class LowBitLayer(LowBitModule):
         if self.lowbit_error is not None:
             y = gate_backward(y, self.lowbit_error.quantize)
         return on(self.lowbit_output, y)
+
+    def lower(self, build: Builder, x: Any) -> Any:
+        """``quantized`` of evaluation as integer operations."""
+        x = build.snap(x, self.lowbit_input)
+        weight, bias = self.in_evaluation()
+        weight = on(self.lowbit_weight, weight)
+        if x.is_float or self.lowbit_weight is None or (bias is not None and self.lowbit_bias is None):
+            y = build.island("layer", x, layer=self, weight=weight, bias=bias)
+        elif self.lowbit_accumulator is None:
+            bias = bias if bias is None else on(self.lowbit_bias, bias)
+            y = build.product(self, x, weight, self.lowbit_weight.exponent(), bias)
+        else:
+            y = build.snap(build.product(self, x, weight, self.lowbit_weight.exponent(), None), self.lowbit_accumulator)
+            if bias is not None and self.lowbit_bias is not None:
+                bias = on(self.lowbit_bias, bias)
+                y = build.constant(y, bias, self.lowbit_bias.exponent(), self.channel_axis)
+        return build.snap(y, self.lowbit_output)
 
     def _unmanaged(self, grad: Tensor) -> None:
         """Somebody trains, and nobody would apply the scheme's update rule: said once."""

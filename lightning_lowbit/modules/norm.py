@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_lowbit.graph.ops import Kind
 from lightning_lowbit.modules.base import LowBitModule
+from lightning_lowbit.modules.lowering import Builder, refuse
 from lightning_lowbit.modules.quantizer import Quantizer, on
 
 __all__ = ["NORMS", "LowBitBatchNorm", "has_seen_data"]
@@ -47,6 +49,12 @@ class LowBitBatchNorm(LowBitModule):
             return on(self.lowbit_output, self.scheme.compute(self, x))
         self._check_input_dim(x)
         return on(self.lowbit_output, x)
+
+    def lower(self, build: Builder, x: Any) -> Any:
+        """Merged into the layer before it, or a float function of its own."""
+        if self.island:
+            raise refuse(self.path, "it is a batch norm on integers whose scheme does not say what they are", "")
+        return build.snap(x, self.lowbit_output)
 
 
 def has_seen_data(module: nn.Module) -> bool:

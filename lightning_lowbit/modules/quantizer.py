@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.modules.base import Mode, Site, Switch
+from lightning_lowbit.modules.lowering import Snap, refuse
 from lightning_lowbit.numerics.grid import Grid
 from lightning_lowbit.numerics.observers import AllReduce
+from lightning_lowbit.numerics.rounding import Rounding
 
 __all__ = ["Quantizer", "in_backward", "on"]
 
@@ -33,6 +35,7 @@ class Quantizer(nn.Module):
     has_exponent: bool = True  # False where its step is no power of two
     whole: tuple[str, ...] = ()  # buffers of whole numbers, which an average of networks has no use for
     has_grid: bool = True  # False for what only stands in a quantizer's place
+    like: Any = None  # a layer in whose dtype codes are carried; None leaves them in that of what comes in
     initialized: Tensor
     negative: Tensor
     switch: Switch
@@ -58,6 +61,18 @@ class Quantizer(nn.Module):
     @abstractmethod
     def grid(self) -> Grid:
         """The present grid, read back to the host."""
+
+    def as_snap(self) -> Snap:
+        """What it does in evaluation, for an integer program; UnsupportedModelError where that has none."""
+        if not self.ready:
+            raise refuse(self.site.key, "it was not calibrated", "Calibrate or train the network first.")
+        grid = self.grid()
+        if not isinstance(grid.exponent, int):
+            raise refuse(
+                self.site.key, f"its step is {grid}, expected one power of two", "Convert with power-of-two steps."
+            )
+        rounding = getattr(self, "rounding", Rounding.HALF_EVEN)
+        return Snap(grid.exponent, grid.qmin - grid.zero_point, grid.qmax - grid.zero_point, rounding)
 
     def share(self, group: Sequence[Quantizer], same_grid: bool) -> None:
         """Give all members of a tie one step; with ``same_grid`` one sign too. Called on the first member."""
@@ -102,7 +117,8 @@ class Quantizer(nn.Module):
         if mode is Mode.LOWBIT and self.switch.started and self.ready:
             if self.switch.tally is not None:
                 self.switch.tally.count(self, F.relu(x) if rectify else x)
-            return self.quantize(x, rectify)
+            y = self.quantize(x, rectify)
+            return y if self.like is None else y.to(self.like.weight.dtype)
         if rectify:
             x = F.relu(x)
         if mode is Mode.OBSERVE and self.site.role not in (

@@ -6,9 +6,11 @@ import fnmatch
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lowbit.modules.base import Milestone, Moment, Scheme, Site, UpdateRule
+from lightning_lowbit.modules.exact import exact_product, narrow_for_others
+from lightning_lowbit.modules.layers import LowBitLayer
 from lightning_lowbit.modules.moments import check_moment
 from lightning_lowbit.modules.quantizer import Quantizer
 from lightning_lowbit.modules.thresholds import (
@@ -173,7 +175,13 @@ class Tqt(Scheme):
 
     def connect(self, root: nn.Module, flow: Flow, plan: Plan) -> list[str]:
         require_matches(type(self), self.overrides, plan)
+        narrow_for_others(root, flow, plan)
         return []
+
+    def compute(self, layer: Any, *operands: Any, **settings: Any) -> Tensor:
+        if isinstance(layer, LowBitLayer):
+            return exact_product(layer, *operands)
+        return layer.op(*operands, **settings)  # type: ignore[no-any-return]  # operations have op
 
     def batch_norm(self, site: Site, norm: nn.Module) -> str:
         return "fold"

@@ -1,0 +1,212 @@
+"""A converted network as an integer program: recorded at two batch sizes, then written call by call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from lightning_lowbit.errors import ConfigError, InvariantError, UnsupportedModelError
+from lightning_lowbit.export.builder import Held, ProgramBuilder
+from lightning_lowbit.export.calls import lower_call
+from lightning_lowbit.export.moves import BATCHES, symbolic
+from lightning_lowbit.export.program import IntegerProgram
+from lightning_lowbit.export.record import Node, Recording, Ref, record
+from lightning_lowbit.modules.base import LowBitModule, Mode, low_bit_modules, switch_of
+from lightning_lowbit.modules.convert import quantizers
+from lightning_lowbit.modules.quantizer import Quantizer
+
+__all__ = ["Lowering", "lower", "lowering_of", "samples_of"]
+
+
+def lower(module: nn.Module, example_input: Any = None) -> IntegerProgram:
+    """The integers that a trained low-bit network computes with in evaluation, as a program without torch.
+
+    Args:
+        module: converted, trained or calibrated; a part of such a network is one too.
+        example_input: a batch, or a tuple of the forward's arguments; default the module's ``example_input_array``.
+            Only shapes matter, and which branches the forward takes.
+    Returns:
+        a program whose ``run`` gives what ``module`` gives, bit for bit where no float island stands in between
+        (``summary`` names them, ``verify`` proves the rest).
+    Raises:
+        ConfigError: nothing is low-bit, nothing was trained or calibrated, or there is no example.
+        UnsupportedModelError: a part has no integer form; the message names it and a way around.
+    """
+    return lowering_of(module, example_input).program
+
+
+def lowering_of(module: nn.Module, example_input: Any = None) -> Lowering:
+    """`lower`, with the way back from the program's values to the network's calls."""
+    _require_quantized(module)
+    given = getattr(module, "example_input_array", None) if example_input is None else example_input
+    if given is None:
+        raise ConfigError(
+            f"{type(module).__name__}: got no example input. Give a batch, lower(module, x), or set "
+            "self.example_input_array."
+        )
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        recordings = [record(module, samples_of(given, n)) for n in BATCHES]
+        return Lowering(module, given, recordings)
+    finally:
+        for part in training:
+            part.training = True
+
+
+def samples_of(given: Any, batch: int) -> tuple[Any, ...]:
+    """The arguments of a forward, tensors with so many samples: those given, repeated in turn."""
+    arguments = tuple(given) if isinstance(given, (tuple, list)) else (given,)
+
+    def chosen(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dim() == 0 or not len(value):
+            return value
+        return value[torch.arange(batch, device=value.device) % len(value)]
+
+    return tuple(tree_map(chosen, arguments))
+
+
+def _require_quantized(module: nn.Module) -> None:
+    switch = switch_of(module)
+    if switch.mode is not Mode.LOWBIT or not switch.started:
+        raise ConfigError(
+            f"{type(module).__name__}: got a network that runs in float, expected one that was trained or calibrated "
+            "in low bits. Fit it with QuantCallback(), load a low-bit checkpoint, or convert it with example_input=."
+        )
+    parts = [part for _, part in low_bit_modules(module)]
+    waiting = [q.site.key for _, q in quantizers(module) if not q.ready and q.has_grid and not q.waits]
+    if parts and waiting and len(waiting) == len(quantizers(module)):
+        raise ConfigError(
+            f"{waiting[0]}: no quantizer of {type(module).__name__} was calibrated. Train or calibrate it first."
+        )
+
+
+class Lowering:
+    """One network's program; its note says which call of the network gives each value ("calls", "sources").
+
+    Attributes:
+        program: what was written.
+        sources: tensors of the recording (`Ref`) by the name of the value that holds them.
+    """
+
+    def __init__(self, module: nn.Module, given: Any, recordings: Sequence[Recording]) -> None:
+        self.module, self.small, self.large = module, *recordings
+        calls = [[(node.path, node.target) for node in recording.nodes] for recording in recordings]
+        if [path for path, _ in calls[0]] != [path for path, _ in calls[1]]:
+            other = next((a[0] for a, b in zip(*calls, strict=False) if a[0] != b[0]), "its last call")
+            raise UnsupportedModelError(
+                f"{other}: the forward makes other calls for a batch of {BATCHES[1]} than for one of {BATCHES[0]}. "
+                "Keep branches apart from the batch's size."
+            )
+        self.build = ProgramBuilder()
+        self.held: dict[Ref, Any] = {}
+        self.sources: dict[str, Ref] = {}
+        self._enter(given)
+        for node, twin in zip(self.small.nodes, self.large.nodes, strict=True):
+            self._call(node, twin)
+        self.program = self._leave()
+
+    def shape(self, ref: Ref) -> tuple[int, ...]:
+        return symbolic([self.small.shapes[ref], self.large.shapes[ref]], self.build.path)
+
+    def _enter(self, given: Any) -> None:
+        self.inputs = []
+        for ref in (ref for ref in self.small.shapes if ref.node < 0):
+            if self.small.dtypes[ref] != torch.float32:
+                raise UnsupportedModelError(
+                    f"input {ref.position} is {self.small.dtypes[ref]}, expected float32: programs begin by quantizing "
+                    "floats. Lower the part behind an embedding, or leave it out."
+                )
+            x = self.build.input(self.shape(ref))
+            self.held[ref], self.sources[x.name] = x, ref
+            self.inputs.append(x.name)
+
+    def _call(self, node: Node, twin: Node) -> None:
+        self.build.path = node.path
+        args, kwargs = tree_map(self._operand, (node.args, node.kwargs))
+        target = node.target
+        if isinstance(target, Quantizer):
+            result = self._quantizer(node.path, target, *args, **kwargs)
+        elif isinstance(target, LowBitModule):
+            result = target.scheme.lower(self.build, target, *args, **kwargs)
+        else:
+            result = lower_call(self.build, node, twin, args, kwargs, self)
+        results = result if isinstance(result, (tuple, list)) else (result,)
+        for ref, value in zip(_refs(node.result), results, strict=True):
+            if isinstance(value, Held) and value.shape != self.shape(ref):
+                raise InvariantError(
+                    f"{node.path}: lowered to a tensor of shape {value.shape}, the network gives {self.shape(ref)}. "
+                    "Please report it, with the model."
+                )
+            self.held[ref] = value
+            if isinstance(value, Held) and value.count is None:
+                self.sources.setdefault(value.name, ref)
+
+    def _quantizer(self, path: str, quantizer: Quantizer, x: Any, rectify: bool = False) -> Any:
+        """One behind a module of the user's; what only stands in a quantizer's place is the scheme's to write."""
+        if quantizer.has_grid:
+            return self.build.snap(x, quantizer, rectify)
+        scheme = next(part.scheme for _, part in low_bit_modules(self.module))
+        return scheme.lower(self.build, quantizer, x, rectify)
+
+    def _operand(self, value: Any) -> Any:
+        held = self.held[value] if isinstance(value, Ref) else value
+        return replace(held, word=value.word) if isinstance(held, Held) and value.word else held
+
+    def _leave(self) -> IntegerProgram:
+        self.build.path = "output"
+        outputs: list[str] = []
+        structure = self._structure(self.small.output, outputs)
+        if not outputs:
+            raise UnsupportedModelError(
+                f"{type(self.module).__name__}: its forward returns no tensor that it computed."
+            )
+        scheme = next(part.scheme for _, part in low_bit_modules(self.module))
+        ops = _needed(self.build.ops, outputs)
+        used = {*self.inputs, *(op.output for op in ops)}
+        note = {
+            "scheme": scheme.name or type(scheme).__name__,
+            "model": type(self.module).__name__,
+            "calls": [node.path for node in self.small.nodes],
+            "sources": {name: [ref.node, ref.position] for name, ref in self.sources.items() if name in used},
+        }
+        values = {name: value for name, value in self.build.values.items() if name in used}
+        return IntegerProgram(tuple(ops), values, tuple(self.inputs), tuple(outputs), structure, note)
+
+    def _structure(self, output: Any, outputs: list[str]) -> Any:
+        """How the network puts its outputs together, each made floats at the end."""
+        if isinstance(output, Ref):
+            held = self.held[output]
+            if held.value.dtype == "int":
+                held = self.build.floats(held)
+                self.sources.setdefault(held.name, output)
+            if held.name not in outputs:
+                outputs.append(held.name)
+            return {"leaf": outputs.index(held.name)}
+        if type(output) in (list, tuple):
+            return {type(output).__name__: [self._structure(item, outputs) for item in output]}
+        if type(output) is dict and all(isinstance(key, str) for key in output):
+            return {"dict": {key: self._structure(item, outputs) for key, item in output.items()}}
+        raise UnsupportedModelError(
+            f"{type(self.module).__name__}: its forward returns a {type(output).__name__}, expected tensors that it "
+            "computed, in tuples, lists and dicts. Return those, or lower a part of it."
+        )
+
+
+def _refs(structure: Any) -> list[Ref]:
+    return [x for x in tree_flatten(structure)[0] if isinstance(x, Ref)]
+
+
+def _needed(ops: Sequence[Any], outputs: Sequence[str]) -> list[Any]:
+    """Operations that an output depends on."""
+    wanted, kept = set(outputs), []
+    for op in reversed(ops):
+        if op.output in wanted:
+            wanted.update(op.inputs)
+            kept.append(op)
+    return kept[::-1]

@@ -1,0 +1,213 @@
+"""What a network does with a batch, call by call: low-bit modules and torch's own layers whole, functions by name.
+
+It is the very forward that a validation runs: hooks watch it and change nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from lightning_lowbit.errors import UnsupportedModelError
+from lightning_lowbit.graph.ops import is_leaf
+from lightning_lowbit.modules.base import LowBitModule
+from lightning_lowbit.modules.carrier import Carrier
+from lightning_lowbit.modules.quantizer import Quantizer
+
+__all__ = ["Node", "Recording", "Ref", "record"]
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A tensor of a recording: output ``position`` of call ``node``; node -1 are the network's inputs.
+
+    ``word``: bits of the integers that it is kept in where a call reads it, 0 of floats.
+    """
+
+    node: int
+    position: int
+    word: int = field(default=0, compare=False)
+
+
+@dataclass(eq=False)
+class Node:
+    """One call.
+
+    Attributes:
+        path: of the module, or the function's name behind the path of the module whose code calls it.
+        target: the module, or the function.
+        args, kwargs: what it was given, tensors as `Ref`; tensors that do not depend on the inputs as they are.
+        result: what came out, tensors as `Ref`.
+    """
+
+    index: int
+    path: str
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any = None
+
+
+@dataclass
+class Recording:
+    """All calls in their order, the tensors' shapes and dtypes, and what the network returned (tensors as `Ref`)."""
+
+    nodes: list[Node] = field(default_factory=list)
+    shapes: dict[Ref, tuple[int, ...]] = field(default_factory=dict)
+    dtypes: dict[Ref, torch.dtype] = field(default_factory=dict)
+    output: Any = None
+
+
+Watch = Callable[[Ref, Tensor], None]
+
+
+@torch.no_grad()
+def record(module: nn.Module, inputs: Sequence[Any], watch: Watch | None = None) -> Recording:
+    """Run ``module`` on ``inputs`` in evaluation and write down what it calls.
+
+    Args:
+        module: converted, in evaluation mode.
+        inputs: positional arguments of its forward.
+        watch: is shown every tensor that a call gives, before anybody writes into it.
+    """
+    if module.training:
+        raise UnsupportedModelError(f"{type(module).__name__}: got a module in training mode. Call eval() on it first.")
+    recorder = _Recorder(module, watch)
+    known = 0
+    for tensor in tree_flatten(inputs)[0]:
+        if isinstance(tensor, Tensor):
+            recorder.keep(tensor, Ref(-1, known))
+            known += 1
+    with recorder.watching(), recorder:
+        result = module(*inputs)
+    recorder.recording.output = recorder.refs(result)
+    return recorder.recording
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self, root: nn.Module, watch: Watch | None) -> None:
+        super().__init__()
+        self.watch, self.recording = watch, Recording()
+        self.paths = {id(module): path for path, module in root.named_modules()}
+        self.leaves = {id(module) for module in root.modules() if _is_leaf(module)}
+        self.owners: list[str] = []  # modules whose code runs, innermost last
+        self.depth = 0  # leaves that run
+        self.known: dict[int, Ref] = {}
+        self.alive: list[Tensor] = []  # so that no id is given twice
+        self.versions: dict[Ref, tuple[Tensor, int]] = {}
+
+    # -- tensors ---------------------------------------------------------------------------------------------------
+    def keep(self, tensor: Tensor, ref: Ref) -> None:
+        self.known[id(tensor)] = ref
+        self.alive.append(tensor)
+        self.recording.shapes[ref], self.recording.dtypes[ref] = tuple(tensor.shape), tensor.dtype
+        if not isinstance(tensor, Carrier):
+            self.versions[ref] = tensor, tensor._version
+        if self.watch is not None:
+            self.watch(ref, tensor)
+
+    def refs(self, structure: Any) -> Any:
+        """A structure with known tensors as refs."""
+        return tree_map(self._ref, structure)
+
+    def _ref(self, value: Any) -> Any:
+        ref = self.known.get(id(value)) if isinstance(value, Tensor) else None
+        if ref is None:
+            return value
+        tensor, version = self.versions.get(ref, (None, 0))
+        if tensor is not None and tensor._version != version:
+            name = self.recording.nodes[ref.node].path if ref.node >= 0 else "the input"
+            raise UnsupportedModelError(
+                f"{name}: its result was written to in place through a view, and is read again afterwards. Write out "
+                "of place there (x = x + y for x += y)."
+            )
+        return replace(ref, word=8 * value.payload.element_size()) if isinstance(value, Carrier) else ref
+
+    # -- calls -----------------------------------------------------------------------------------------------------
+    def call(self, path: str, target: Any, operands: tuple[Any, Any], result: Any) -> None:
+        """Write down a call, unless no known tensor goes in or no tensor comes out."""
+        given = [x for x in tree_flatten(operands)[0] if isinstance(x, Ref)]
+        made = [x for x in tree_flatten(result)[0] if isinstance(x, Tensor)]
+        if not given or not made:
+            return
+        node = Node(len(self.recording.nodes), path, target, *operands)
+        self.recording.nodes.append(node)
+        for position, tensor in enumerate(made):
+            self.keep(tensor, Ref(node.index, position))
+        node.result = self.refs(result)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.depth or torch.compiler.is_compiling():
+            return func(*args, **kwargs)
+        before = self.refs((args, kwargs))
+        self.depth += 1
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            self.depth -= 1
+        name = str(getattr(func, "__name__", func))
+        name = str(func.__self__.__name__) if name == "__get__" and hasattr(func, "__self__") else name
+        owner = self.owners[-1] if self.owners else ""
+        self.call(f"{owner}.{name}".lstrip("."), func, before, result)
+        return result
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Hooks on all modules; a carrier that becomes a plain tensor stays the same value."""
+        plain, entered = Carrier.plain, []
+
+        def aliased(carrier: Carrier) -> Tensor:
+            self.depth += 1
+            try:
+                tensor = plain(carrier)
+            finally:
+                self.depth -= 1
+            ref = self.known.get(id(carrier))
+            if ref is not None:
+                self.known[id(tensor)] = ref
+                self.alive.append(tensor)
+            return tensor
+
+        def enter(module: nn.Module, args: Any) -> None:
+            if id(module) in self.leaves:
+                entered.append(None if self.depth else self.refs(args))
+                self.depth += 1
+            elif not self.depth:
+                self.owners.append(self.paths.get(id(module), ""))
+
+        def leave(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+            if id(module) in self.leaves:
+                self.depth -= 1
+                before = entered.pop()
+                if before is not None:
+                    self.call(self.paths[id(module)], module, (before, self.refs(kwargs)), result)
+            elif not self.depth:
+                self.owners.pop()
+
+        hooks = (
+            register_module_forward_pre_hook(enter),
+            register_module_forward_hook(leave, with_kwargs=True),
+        )
+        Carrier.plain = aliased  # type: ignore[assignment, method-assign]  # for as long as it is watched
+        try:
+            yield
+        finally:
+            Carrier.plain = plain  # type: ignore[method-assign]
+            for hook in hooks:
+                hook.remove()
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    """What is one call: ours, and layers of torch that hold nothing of ours."""
+    if isinstance(module, (LowBitModule, Quantizer)):
+        return True
+    return is_leaf(module) and not any(isinstance(child, LowBitModule) for child in module.modules())

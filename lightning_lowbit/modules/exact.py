@@ -1,0 +1,63 @@
+"""Evaluation multiplies integers: float32 where a proof says that it holds their sums, else float64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lowbit.graph.network import Flow
+from lightning_lowbit.graph.plan import Plan
+from lightning_lowbit.graph.units import others_read
+from lightning_lowbit.modules.layers import LowBitLayer
+from lightning_lowbit.modules.quantizer import Quantizer
+from lightning_lowbit.numerics.exponent import pow2
+from lightning_lowbit.numerics.guards import FLOAT32_EXACT, float_sums_exact
+
+__all__ = ["exact_product", "narrow_for_others"]
+
+
+def exact_product(layer: LowBitLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The layer's products, in evaluation exactly the integers' sums.
+
+    Args:
+        layer: both of its operands have quantizers with power-of-two steps, and so has its bias if there is one.
+        x, weight, bias: on their grids.
+    Returns:
+        float64 where float32 is not proved to hold every partial sum; the next quantizer rounds it and gives float32.
+        What leaves the converted part (`narrow_for_others`) is rounded once to the network's own dtype.
+    """
+    if layer.training or not layer.switch.quantizing or x.dtype == torch.float64 or _proved(layer, weight, bias):
+        return layer.op(x, weight, bias)
+    y = layer.op(x.double(), weight.double(), None if bias is None else bias.double())
+    return y.to(weight.dtype) if layer.__dict__.get("narrow") else y
+
+
+def narrow_for_others(root: nn.Module, flow: Flow, plan: Plan) -> None:
+    """Mark what ends float64 sums: quantizers, and layers whose results are read by what knows one dtype alone."""
+    layers = {layer.path for layer in plan.layers}
+    first = root.get_submodule(plan.layers[0].path)
+    for module in root.modules():
+        if isinstance(module, Quantizer):
+            module.__dict__["like"] = first
+    for call in flow.calls:
+        if call.path in layers and others_read(call, flow, plan):
+            root.get_submodule(call.path).__dict__["narrow"] = True
+
+
+def _proved(layer: LowBitLayer, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether float32 holds all sums (numerics.guards), or they are no integers anyhow."""
+    source: Any = layer.input_grid
+    quantizer, unit = layer.lowbit_weight, layer.accumulator_exponent()
+    integers = bias is None or layer.lowbit_bias is not None
+    if source is None or quantizer is None or unit is None or not integers:
+        return True
+    largest = max(-source.qmin, source.qmax)
+    if torch.compiler.is_compiling():  # reads no value: the largest weight in every place
+        terms = math.prod(weight.shape) // weight.shape[layer.out_axis]
+        return bias is None and terms * largest * 2 ** (quantizer.bits - 1) < FLOAT32_EXACT  # type: ignore[operator]  # a number
+    codes = weight.double() * pow2(-quantizer.exponent(), torch.float64)
+    biases = None if bias is None else bias.double() * pow2(-unit, torch.float64)
+    return float_sums_exact(codes, largest, biases, layer.out_axis, layer.groups)
