@@ -22,8 +22,6 @@ from lightning_lowbit.export.runtime import Array, Op, Program, ProgramError, Va
 
 __all__ = ["IntegerProgram", "Op", "Program", "ProgramError", "ProgramSummary", "Value", "digest", "write_atomically"]
 
-_EPOCH = (1980, 1, 1, 0, 0, 0)  # the oldest date of a zip: the same program gives the same bytes on every day
-
 
 @dataclass(frozen=True, eq=False)
 class IntegerProgram(Program):
@@ -158,7 +156,8 @@ def _packed(program: Program) -> bytes:
         for name, array in {"program.json": text, **members}.items():
             member = io.BytesIO()
             np.lib.format.write_array(member, array, version=(1, 0), allow_pickle=False)
-            archive.writestr(zipfile.ZipInfo(f"{name}.npy", _EPOCH), member.getvalue())
+            # ZipInfo's own date is that of 1980: the same program gives the same bytes on every day.
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), member.getvalue())
         archive.comment = b"0" * runtime.SEAL
     whole = data.getvalue()[: -runtime.SEAL]
     return whole + sha256(whole).hexdigest().encode()

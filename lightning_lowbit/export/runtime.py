@@ -15,7 +15,6 @@ import io
 import itertools
 import json
 import math
-import os
 import runpy
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +35,7 @@ SEAL = 64  # hex digits at the end of a file, a zip's comment: the sha256 of all
 _CHUNK = 1 << 20  # elements of the largest tensor that are computed at a time: a few samples stay in the cache
 Array = NDArray[Any]
 Bound = int | None
+Given = Mapping[str, Array] | None
 
 
 class ProgramError(ValueError):
@@ -64,11 +64,8 @@ class Value:
     @property
     def bits(self) -> int:
         """Of the smallest integer that holds the bounds: two's complement where low < 0, else unsigned."""
-        return (
-            max((~self.low).bit_length(), self.high.bit_length()) + 1
-            if self.low < 0
-            else max(self.high.bit_length(), 1)
-        )
+        sign = int(self.low < 0)
+        return max((~self.low).bit_length() * sign, self.high.bit_length(), 1 - sign) + sign
 
     @property
     def storage(self) -> str:
@@ -204,12 +201,9 @@ def _rule(rounding: str, rules: Mapping[str, Callable[..., Any]]) -> Callable[..
 
 
 _FLOAT: dict[str, Callable[..., Any]] = {
-    "half_even": np.rint,
-    "half_up": lambda v: np.floor(v) + (v - np.floor(v) >= 0.5),
-    "half_away": lambda v: np.copysign(_FLOAT["half_up"](np.abs(v)), v),
-    "floor": np.floor,
-    "truncate": np.trunc,
-}
+    "half_even": np.rint, "half_up": lambda v: np.floor(v) + (v - np.floor(v) >= 0.5), "floor": np.floor,
+    "half_away": lambda v: np.copysign(_FLOAT["half_up"](np.abs(v)), v), "truncate": np.trunc,
+}  # fmt: skip
 # From q = floor(v / unit): whether v, of which rest = v - q * unit is left, goes up.
 _UP: dict[str, Callable[..., Any]] = {
     "half_even": lambda q, negative, rest, unit: rest > unit - rest - (q & 1),
@@ -318,8 +312,7 @@ def _island(k: _Call, *xs: Array) -> Array:
 
 
 _functions = functools.cache(lambda path: runpy.run_path(path)["FUNCTIONS"])
-
-
+_LOWEST = {"f": -np.inf, "i": -(2**63)}  # of floats and of codes
 KINDS: dict[str, Callable[..., Any]] = {
     "quantize": _quantize,
     "conv": lambda k, x: k.sums(lambda x, w: _convolve(x, w, k.a), x, 1),
@@ -328,9 +321,7 @@ KINDS: dict[str, Callable[..., Any]] = {
     "requantize": lambda k, x: requantize(x, *(k.a[name] for name in ("shift", "rounding", "low", "high", "axis"))),
     "add": lambda k, *xs: sum(x.astype(np.int64) << n for x, n in zip([*xs, *k.c.values()], k.a["left"], strict=True)),
     "concat": lambda k, *xs: np.concatenate(xs, k.a["axis"]),
-    "max_pool": lambda k, x: np.maximum.reduce(
-        _taps(x, k.a["kernel"], k.a, -np.inf if x.dtype.kind == "f" else -(2**63))
-    ),
+    "max_pool": lambda k, x: np.maximum.reduce(_taps(x, k.a["kernel"], k.a, _LOWEST[x.dtype.kind])),
     "sum_pool": lambda k, x: np.add.reduce(_taps(x, k.a["kernel"], k.a)),
     "sum": lambda k, x: x.sum(tuple(k.a["axes"]), keepdims=k.a["keepdims"]),
     "divide": lambda k, x: divide(x, k.divisor(), *(k.a[name] for name in ("shift", "rounding", "low", "high"))),
@@ -349,9 +340,7 @@ KINDS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _execute(
-    program: Program, arrays: Sequence[Array], batch: int, pixels: Any, given: Mapping[str, Array] | None = None
-) -> dict[str, Array]:
+def _execute(program: Program, arrays: Sequence[Array], batch: int, pixels: Any, given: Given) -> dict[str, Array]:
     found = {**dict(zip(program.inputs, arrays, strict=True)), **(given or {})}
     for op in program.ops:
         if op.output in found:
@@ -381,7 +370,8 @@ def _taken(program: Program, inputs: Sequence[Any], pixels: Any) -> tuple[list[A
             x = np.asarray(x.detach().cpu() if hasattr(x, "detach") else x)
         except (TypeError, ValueError) as error:
             raise ProgramError(f"input {i}: got what is no array ({error}), expected {wanted}.") from error
-        images = x.dtype == np.uint8 and x.ndim == 4 and pixels is not None
+        readers = {op.kind for op in program.ops if name in op.inputs}
+        images = x.dtype == np.uint8 and x.ndim == 4 and pixels is not None and readers == {"quantize"}
         got = (*x.shape[:1], *x.shape[3:], *x.shape[1:3]) if images else x.shape
         fits = len(got) == len(shape) and all(n == s if s >= 0 else n % s == 0 for n, s in zip(got, shape, strict=True))
         if not fits or (x.dtype != np.float32 and not images):
@@ -390,7 +380,7 @@ def _taken(program: Program, inputs: Sequence[Any], pixels: Any) -> tuple[list[A
         arrays.append(x)
     if len(batches) > 1:
         raise ProgramError(f"got batches of {sorted(batches)}, expected the same for all inputs.")
-    return arrays, batches.pop() if batches else 1
+    return arrays, max(batches, default=1)
 
 
 def _step(program: Program, batch: int) -> int:
@@ -406,9 +396,7 @@ def _step(program: Program, batch: int) -> int:
     return max(1, _CHUNK // most)
 
 
-def trace(
-    program: Program, *inputs: Any, given: Mapping[str, Array] | None = None, pixels: Any = None
-) -> dict[str, Array]:
+def trace(program: Program, *inputs: Any, given: Given = None, pixels: Any = None) -> dict[str, Array]:
     """Every value of the program by its name; those of ``given`` are taken, not computed."""
     unknown = set(given or ()) - set(program.values)
     if unknown:
@@ -420,11 +408,9 @@ def run(program: Program, *inputs: Any, integers: bool = False, pixels: Any = No
     """The network's outputs, float32, put together as the network does.
 
     Args:
-        inputs: float32 arrays or torch tensors; or, with ``pixels``, uint8 images [N, H, W, C], which are not copied.
-        integers: for each output (codes before it was dequantized, int64; their exponent), of argmax the indices.
+        inputs: float32 arrays or torch tensors; with ``pixels`` also uint8 images [N, H, W, C], which are not copied.
+        integers: give (codes before they are dequantized, their exponent) for each output; of argmax the indices.
         pixels: mean and deviation of images in [0, 1], numbers or one a channel; None: note["pixels"].
-    Raises:
-        ProgramError: an input of another number, dtype or shape, or NaN.
     """
     pixels = program.note.get("pixels") if pixels is None else pixels
     arrays, batch = _taken(program, inputs, pixels)
@@ -434,9 +420,9 @@ def run(program: Program, *inputs: Any, integers: bool = False, pixels: Any = No
         raise ProgramError("an output comes of a float island and has no integers; run with integers=False.")
     parts = []
     for at in range(0, max(batch, 1), step):
-        found = _execute(program, [x[at : at + step] for x in arrays], min(step, batch - at), pixels)
+        found = _execute(program, [x[at : at + step] for x in arrays], min(step, batch - at), pixels, None)
         parts.append([found[out.name] for out in outs])
-    leaves: list[Any] = [np.concatenate(column) if len(parts) > 1 else column[0] for column in zip(*parts, strict=True)]
+    leaves: list[Any] = [np.concatenate(column) for column in zip(*parts, strict=True)]
     if integers:
         leaves = [x if out.dtype == "int64" else (x, out.exponent) for x, out in zip(leaves, outs, strict=True)]
     return _assembled(program.structure, leaves)
@@ -460,7 +446,7 @@ def digest(document: Mapping[str, Any], members: Mapping[str, Array]) -> str:
     return str(found.hexdigest())
 
 
-def load(path: str | os.PathLike[str]) -> Program:
+def load(path: Any) -> Program:
     """A program from its file; ProgramError where it is missing, damaged, of another kind or format."""
     try:
         data = Path(path).read_bytes()
@@ -471,15 +457,13 @@ def load(path: str | os.PathLike[str]) -> Program:
             members = {name: file[name] for name in file.files if name != "program.json"}
         unknown = {op["kind"] for op in document["ops"]} - set(KINDS)
         if document["format"] != FORMAT or unknown:
-            raise ProgramError(
-                f"format {document['format']} {sorted(unknown)}, expected {FORMAT}: use a newer runtime.py."
-            )
+            raise ProgramError(f"got format {document['format']} {sorted(unknown)}, expected {FORMAT}.")
         if digest(document, members) != document["sha256"]:
             raise ProgramError("its contents do not fit their sha256.")
         values: dict[str, Value] = {}
         for entry in document["values"]:
-            fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in entry.items()}
-            values[entry["name"]] = Value(**fields)
+            known: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in entry.items()}
+            values[entry["name"]] = Value(**known)
         ops = []
         for op in document["ops"]:
             constants = {key: members[name] for key, name in op["constants"].items()}
@@ -487,7 +471,7 @@ def load(path: str | os.PathLike[str]) -> Program:
         ends = (tuple(document["inputs"]), tuple(document["outputs"]))
         return Program(tuple(ops), values, *ends, document["structure"], document["note"])
     except Exception as error:  # whatever numpy, zipfile and json raise over what a file may hold
-        raise ProgramError(f"{path}: {error} IntegerProgram.save(path) writes it anew.") from error
+        raise ProgramError(f"{path}: {error} A matching IntegerProgram.save(path) writes it anew.") from error
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -500,8 +484,8 @@ def main(arguments: Sequence[str]) -> int:
         leaves = {"list": [{"leaf": i} for i in range(len(program.outputs))]}
         outputs = run(replace(program, structure=leaves), np.load(arguments[1], allow_pickle=False))
         if len(arguments) == 3:
-            with open(arguments[2], "wb") as file:
-                np.save(file, outputs[0]) if len(outputs) == 1 else np.savez(file, *outputs)
+            saved: Any = np.save if len(outputs) == 1 else np.savez
+            saved(arguments[2], *outputs)
     except (ValueError, OSError, EOFError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -64,6 +64,14 @@ def _layer_norm(a: Mapping[str, Any], c: Mapping[str, Array], x: Array) -> Array
     return np.asarray(y * c["weight"] + c["bias"])
 
 
+def _grid_norm(a: Mapping[str, Any], c: Mapping[str, Array], x: Array) -> Array:
+    """gamma xhat + beta with xhat = (x - mean) / s, rounded to ``unit`` and clipped at ``limit`` where there are any."""
+    mean, s, gamma, beta = (_wide(_channels(c[name], x)) for name in ("mean", "s", "gamma", "beta"))
+    xhat = (_wide(x) - mean) / s
+    xhat = xhat if a["unit"] is None else np.rint(xhat / a["unit"]) * a["unit"]
+    return np.asarray((xhat if a["limit"] is None else np.clip(xhat, -a["limit"], a["limit"])) * gamma + beta)
+
+
 def _mean(a: Mapping[str, Any], x: Array) -> Array:
     return np.asarray(_wide(x).mean(tuple(a["axes"]), keepdims=a.get("keepdims", False)))
 
@@ -96,5 +104,6 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "softmax": lambda a, c, x: np.exp(_log_softmax(x, a["axis"])),
     "log_softmax": lambda a, c, x: _log_softmax(x, a["axis"]),
     "layer_norm": _layer_norm,
+    "grid_norm": _grid_norm,
     "mean": lambda a, c, x: _mean(a, x),
 }
