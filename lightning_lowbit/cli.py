@@ -4,11 +4,13 @@
 
     lightning-lowbit fit --config digits.yaml --quant.scheme tqt --quant.scheme.bits 4
     lightning-lowbit validate --config digits.yaml --ckpt_path last.ckpt
+    lightning-lowbit predict --model DigitsCnn --data DigitsData --ckpt_path last.ckpt --output digits.npy
     lightning-lowbit schemes
     lightning-lowbit verify --certificate version_0/certificate.json version_1/certificate.json
 
 ``quant`` takes the arguments of `QuantCallback`; ``quant.scheme: float`` converts nothing, for a baseline
-under the same file. Needs the extra ``cli``.
+under the same file. Where nothing is said of ``quant``, validate, test and predict convert as the checkpoint says.
+Needs the extra ``cli``.
 """
 
 from __future__ import annotations
@@ -16,15 +18,19 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import itertools
 import json
 import pkgutil
 import re
 import sys
 import textwrap
+import zipfile
 from argparse import ArgumentParser
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NoReturn, cast
 
+import torch
 import yaml
 from jsonargparse import get_loader, set_loader
 from lightning.pytorch import Trainer
@@ -34,6 +40,8 @@ import lightning_lowbit.callbacks
 from lightning_lowbit.callbacks.quant import QuantCallback
 from lightning_lowbit.errors import ConfigError, UnsupportedModelError, nearest
 from lightning_lowbit.modules.base import Scheme
+from lightning_lowbit.plugins.checkpoint import read_scheme, read_spec
+from lightning_lowbit.plugins.prediction_file import PredictionFile
 from lightning_lowbit.reports.certificate import compare, read_certificate
 from lightning_lowbit.schemes import find, registry
 
@@ -82,7 +90,13 @@ class LowBitParser(LightningArgumentParser):
 
 
 class LowBitCLI(LightningCLI):
-    """LightningCLI with the key ``quant`` for every subcommand."""
+    """LightningCLI with the key ``quant`` for every subcommand, and a file for what ``predict`` gives."""
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "predict":
+            parser.add_argument("--output", type=str | None, default=None, help="numpy file for the predictions.")
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add `QuantCallback`'s arguments under ``quant``."""
@@ -97,6 +111,17 @@ class LowBitCLI(LightningCLI):
         if not isinstance(args, list):
             raise ConfigError(f"LowBitCLI: args is a list of command-line words, got {type(args).__name__}.")
         self.config = parser.parse_args(_resolve_words(args))
+        self.says_quant = _says_quant(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Take the model's options from the checkpoint, as Lightning's own does of files that a CLI has trained."""
+        section = self.config[self.config.subcommand]
+        self.checkpoint = _read_checkpoint(section.get("ckpt_path"))
+        options = {k: v for k, v in self.checkpoint.get("hyper_parameters", {}).items() if k != "_instantiator"}
+        if options:
+            name = options.pop("_class_path", section.model.class_path)
+            model = {"class_path": name, "dict_kwargs": options}
+            self.config = self.parser.parse_object({self.config.subcommand: {"model": model}}, self.config)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer with `QuantCallback` first among its callbacks.
@@ -115,7 +140,11 @@ class LowBitCLI(LightningCLI):
         if config.quant.scheme != FLOAT:
             # First, so that callbacks that copy or prune the network meet the converted one.
             options = {**config.quant.as_dict(), "scheme": _name_if_default(config.quant.scheme)}
+            if self.subcommand != "fit" and not self.says_quant:
+                options |= _as_trained(self.checkpoint)
             callbacks.insert(0, QuantCallback(**options))
+        if config.get("output") is not None:
+            callbacks.append(PredictionFile(config.output))
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
 
@@ -207,6 +236,29 @@ def _name_if_default(scheme: Any) -> Any:
         if type(scheme) is cls and not required and scheme == cls():  # what stands for others is spent in both
             return name
     return scheme
+
+
+def _says_quant(words: list[str]) -> bool:
+    """Whether a command line, or a file that it names, has the key ``quant``."""
+    files = [b for a, b in itertools.pairwise(words) if a in ("-c", "--config")]
+    files += [word.partition("=")[2] for word in words if word.startswith("--config=")]
+    sections = [yaml.safe_load(Path(name).read_text(encoding="utf-8")) for name in files if Path(name).is_file()]
+    sections += [section.get(words[0]) for section in sections if isinstance(section, dict)]
+    keys = [str(key) for section in sections if isinstance(section, dict) for key in section]
+    return any(key.partition(".")[0] == "quant" for key in (*keys, *(word.removeprefix("--") for word in words)))
+
+
+def _read_checkpoint(path: Any) -> dict[str, Any]:
+    """A checkpoint's content; {} for what is no file of torch's, which the Trainer refuses by name."""
+    known = isinstance(path, str) and zipfile.is_zipfile(path)
+    content = torch.load(path, map_location="cpu", weights_only=True) if known else None
+    return content if isinstance(content, dict) else {}
+
+
+def _as_trained(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Scheme and layers of a low-bit checkpoint, as arguments of `QuantCallback`; none of another."""
+    spec = read_spec(checkpoint) if "state_dict" in checkpoint else None
+    return {} if spec is None else {"scheme": read_scheme(spec), "include": list(spec["layers"])}
 
 
 def _import_path(cls: type[Scheme]) -> str:

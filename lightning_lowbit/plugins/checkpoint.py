@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pickle
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -10,21 +11,26 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from lightning import __version__ as lightning_version
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_lowbit.errors import ConfigError
-from lightning_lowbit.modules.base import Scheme, switch_of
-from lightning_lowbit.modules.convert import Report, Selection, convert_module, quantizers
+from lightning_lowbit.export.checkpoint import Compact, compact, expand
+from lightning_lowbit.modules.base import Scheme, low_bit_modules, switch_of
+from lightning_lowbit.modules.convert import Report, Selection, convert_module, is_converted, quantizers
+from lightning_lowbit.modules.selection import BY_USER
 from lightning_lowbit.plugins.checks import check_checkpoint_file
+from lightning_lowbit.plugins.migrations import FORMAT, migrate
 from lightning_lowbit.schemes import find
 
 __all__ = [
-    "KEY", "add_open_keys", "check_shapes", "compare_spec", "difference", "float_state_dict", "initialize_from",
-    "load_from_checkpoint", "read_scheme", "write_spec",
+    "KEY", "add_open_keys", "check_shapes", "check_trainable", "compare_spec", "difference", "float_state_dict",
+    "initialize_from", "keep_record", "load_from_checkpoint", "read_scheme", "read_spec", "save_compact", "write_spec",
 ]  # fmt: skip
 
 KEY = "lightning_lowbit"
-FORMAT = 1
+COMPACT, EVALUATION_ONLY = "compact", "evaluation_only"  # in the record of a compact checkpoint
 _PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -40,7 +46,28 @@ def write_spec(scheme: Scheme, selection: Selection, conversion: Report) -> dict
         "layers": [layer.path for layer in conversion.layers],
         "skip": skip,
         **conversion.spec(),
+        **({EVALUATION_ONLY: True} if _evaluation_only(conversion) else {}),
     }
+
+
+def _spec_of(module: nn.Module) -> dict[str, Any]:
+    """The record of a converted network that no Trainer holds: it names its layers one by one."""
+    scheme = next(m.scheme for _, m in low_bit_modules(module))
+    return write_spec(scheme, Selection(), switch_of(module).conversion)
+
+
+def keep_record(module: nn.Module) -> None:
+    """Have a converted network's state dicts carry its record from now on, as metadata, as torch keeps versions there.
+
+    A Trainer asks no callback when it saves weights alone, and the module's own hook is ours only during a run.
+    """
+    if is_converted(module) and _record not in module._state_dict_hooks.values():
+        module.register_state_dict_post_hook(_record)  # type: ignore[no-untyped-call]  # torch does not type it
+
+
+def _record(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    if is_converted(module):
+        metadata[KEY] = _spec_of(module)
 
 
 def _own_version() -> str:
@@ -62,13 +89,24 @@ def _plain(value: Any) -> Any:
     )
 
 
+def read_spec(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
+    """The record of a checkpoint in the present format; None where there is none.
+
+    The checkpoint is brought up to date itself: its record is this one, and weights that were codes are floats.
+    """
+    of_state: dict[str, Any] = getattr(checkpoint["state_dict"], "_metadata", {}).get("", {})
+    spec = checkpoint.get(KEY) or of_state.get(KEY)
+    if spec is None:
+        return None
+    spec = dict(migrate(spec, checkpoint["state_dict"]))
+    if COMPACT in spec:
+        expand(checkpoint["state_dict"], spec.pop(COMPACT))
+    checkpoint[KEY] = spec
+    return spec
+
+
 def read_scheme(spec: Mapping[str, Any]) -> Scheme:
     """The scheme of a checkpoint, looked up by name among known classes; nothing is imported by path."""
-    if spec.get("format") != FORMAT:
-        raise ConfigError(
-            f"checkpoint: low-bit format {spec.get('format')!r} (written by lightning-lowbit "
-            f"{spec.get('version')}), this version reads format {FORMAT}. Install the version that wrote it."
-        )
     cls = find(spec["scheme"])
     known: set[str] = {f.name for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
     unknown = sorted(set(spec["options"]) - known)
@@ -100,9 +138,24 @@ def _brief(scheme: Scheme) -> str:
     return f"{type(scheme).__name__}({', '.join(given)})"
 
 
+def _evaluation_only(conversion: Report) -> bool:
+    return bool(getattr(conversion, EVALUATION_ONLY, False))
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Refuse to train a network that came from a compact checkpoint."""
+    if is_converted(model) and _evaluation_only(switch_of(model).conversion):
+        raise ConfigError(
+            f"{type(model).__name__}: it was loaded from a compact checkpoint, which holds what evaluation needs: "
+            "latent weights, batch norms and the states of optimizers are gone. Resume from the full checkpoint, or "
+            "start anew from the compact one's weights: the float module with QuantCallback(init_from=...)."
+        )
+
+
 def compare_spec(spec: Mapping[str, Any], model: nn.Module) -> None:
-    """Refuse weights whose sites or ties are not this network's."""
+    """Refuse weights whose sites or ties are not this network's; take down what they are good for."""
     conversion = switch_of(model).conversion
+    setattr(conversion, EVALUATION_ONLY, bool(spec.get(EVALUATION_ONLY)))
     saved, found = set(spec["sites"]), set(conversion.spec()["sites"])
     if saved != found:
         only_saved, only_here = sorted(saved - found), sorted(found - saved)
@@ -225,6 +278,8 @@ def _read_tensors(path: str | Path) -> dict[str, Tensor]:
             "Expected a "
             "state dict of tensors; save one with torch.save(module.state_dict(), path)."
         ) from error
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        read_spec(content)  # codes become weights
     for name in ("state_dict", "model_state_dict", "model", "net"):
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
@@ -251,7 +306,8 @@ def load_from_checkpoint(cls: type[_M], path: str | Path, map_location: Any = No
     """Load a LightningModule that was trained in low bits, without Trainer or callback.
 
     Lightning's own loader does the work, on a subclass that converts the network by what the file says before
-    the weights arrive. A float checkpoint comes back unconverted: it is the float module.
+    the weights arrive. A compact checkpoint (``save_compact``) gives the same evaluation. A float checkpoint comes back
+    unconverted: it is the float module.
 
     Args:
         cls: the user's LightningModule class.
@@ -261,23 +317,59 @@ def load_from_checkpoint(cls: type[_M], path: str | Path, map_location: Any = No
 
     class Loaded(cls):  # type: ignore[misc, valid-type]
         def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-            spec = checkpoint.get(KEY)
+            spec = read_spec(checkpoint)
             if spec is not None:
                 restore_conversion(self, spec)
                 check_shapes(checkpoint["state_dict"], self)
             elif has_low_bit_keys(checkpoint["state_dict"]):
                 raise ConfigError(
-                    f"checkpoint_path={str(path)!r}: low-bit weights without the record of their conversion, as "
-                    "Trainer.save_checkpoint(weights_only=True) writes them when no fit is on. Save a full checkpoint, "
-                    "use ModelCheckpoint(save_weights_only=True) in the fit, or load it in a Trainer with the same "
-                    "QuantCallback."
+                    f"checkpoint_path={str(path)!r}: low-bit weights without the record of their conversion. Save the "
+                    "module with Trainer.save_checkpoint or lightning_lowbit.save_compact, or load these weights in a "
+                    "Trainer with the QuantCallback of the training."
                 )
             super().on_load_checkpoint(checkpoint)
 
     Loaded.__name__, Loaded.__qualname__, Loaded.__module__ = cls.__name__, cls.__qualname__, cls.__module__
     module = Loaded.load_from_checkpoint(path, map_location=map_location, **kwargs)
     module.__class__ = cls
+    keep_record(module)
     return module  # type: ignore[no-any-return]
+
+
+def save_compact(module: nn.Module, path: str | Path) -> Compact:
+    """Save a trained low-bit network with weights as codes: int8 or int16 and a step, one bit where they are signs.
+
+    ``load_from_checkpoint`` and a Trainer's ``ckpt_path`` read it like any checkpoint, and evaluation is the same bit
+    for bit. Training does not resume from it (fit refuses it), ``init_from=`` starts anew from its weights.
+
+    Args:
+        module: the converted LightningModule, trained or calibrated; it is left alone.
+        path: of the file, which ``torch.load`` opens with ``weights_only=True``.
+    Returns:
+        what became codes, and which layers keep their floats and why.
+    Raises:
+        ConfigError: the module is not converted, was never calibrated, or the folder does not exist.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise ConfigError(f"save_compact: path={str(path)!r}: no folder {str(path.parent)!r}. Create it first.")
+    found: Compact = compact(module)
+    content: dict[str, Any] = {"pytorch-lightning_version": lightning_version, "state_dict": found.state}
+    host: Any = module
+    if getattr(host, "hparams", None):
+        content[host.CHECKPOINT_HYPER_PARAMS_NAME] = host._hparams_name
+        content[host.CHECKPOINT_HYPER_PARAMS_KEY] = dict(host.hparams)
+    getattr(host, "on_save_checkpoint", dict)(content)  # what the user's own on_load_checkpoint expects
+    content[KEY] = {**_spec_of(module), EVALUATION_ONLY: True, COMPACT: found.table}
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        torch.save(content, unfinished)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    floats = sum(value.numel() * value.element_size() for value in float_state_dict(module).values())
+    rank_zero_info(f"lightning_lowbit: {path}: {path.stat().st_size} bytes, {floats} in floats; {found}")
+    return found
 
 
 def restore_conversion(model: nn.Module, spec: Mapping[str, Any]) -> Report:
@@ -291,5 +383,8 @@ def restore_conversion(model: nn.Module, spec: Mapping[str, Any]) -> Report:
             "of the training."
         )
     conversion = convert_module(model, read_scheme(spec), Selection(include=list(spec["layers"])), spec["ties"])
+    # Not by a wish of the user's here: a callback that wishes nothing would convert those, and so all, anew.
+    said = {path: "float in the checkpoint" if why in BY_USER else why for path, why in conversion.skipped.items()}
+    conversion.skipped = said
     compare_spec(spec, model)
     return conversion

@@ -27,17 +27,9 @@ from lightning_lowbit.modules.base import (
 from lightning_lowbit.modules.calibrate import reset
 from lightning_lowbit.modules.convert import Pattern, Selection, is_converted, quantizers
 from lightning_lowbit.modules.moments import check_moment
+from lightning_lowbit.plugins import checkpoint as files
 from lightning_lowbit.plugins import checks
 from lightning_lowbit.plugins.calibration import calibrate_before_evaluation, calibrate_on, update_averages
-from lightning_lowbit.plugins.checkpoint import (
-    KEY,
-    add_open_keys,
-    check_shapes,
-    compare_spec,
-    initialize_from,
-    read_scheme,
-    write_spec,
-)
 from lightning_lowbit.plugins.compiling import compile_in_place
 from lightning_lowbit.plugins.distributed import ignore_in_ddp, share_ignored, step_context
 from lightning_lowbit.plugins.evaluation import validate_within_fit, validation_metrics
@@ -149,7 +141,7 @@ class Lifecycle(Callback):
         """Take the weights of init_from, once a module; a checkpoint that is resumed replaces them."""
         if self.init_from is None or (self._initialized is not None and self._initialized() is pl_module):
             return
-        initialize_from(self.init_from, pl_module)
+        files.initialize_from(self.init_from, pl_module)
         self._initialized = weakref.ref(pl_module)
         rank_zero_info(f"lightning_lowbit: weights from {self.init_from}")
 
@@ -163,19 +155,19 @@ class Lifecycle(Callback):
             self._patches.set(trainer.strategy, "_precision_plugin", plugin)
 
     def _on_load_checkpoint(self, trainer: Any, pl_module: Any, original: Any, checkpoint: dict[str, Any]) -> None:
-        spec = checkpoint.get(KEY)
+        spec = files.read_spec(checkpoint)
         if spec is None:
             if trainer.state.fn == "fit":
                 raise ConfigError(
                     f"ckpt_path={str(self._loading)!r} is a float checkpoint: it initializes, it does not "
                     "resume. Pass it as QuantCallback(init_from=...) and leave ckpt_path out."
                 )
-            add_open_keys(checkpoint["state_dict"], pl_module)
+            files.add_open_keys(checkpoint["state_dict"], pl_module)
         else:
-            saved = read_scheme(spec)
+            saved = files.read_scheme(spec)
             self.scheme = swap_for_checkpoint(pl_module, saved, self.asked.like(saved), self.by_name, self.selection)
-            compare_spec(spec, pl_module)
-            check_shapes(checkpoint["state_dict"], pl_module)
+            files.compare_spec(spec, pl_module)
+            files.check_shapes(checkpoint["state_dict"], pl_module)
             reset(pl_module)  # what is open or calibrated is what the file says
             if "run" in spec:  # a tuner puts back what it saved before the run began
                 self._restored = spec["run"]
@@ -187,12 +179,12 @@ class Lifecycle(Callback):
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """A checkpoint saved when no run is on: the module's own hook is no longer ours."""
-        if KEY not in checkpoint and is_converted(pl_module):
+        if files.KEY not in checkpoint and is_converted(pl_module):
             self._write(trainer, pl_module, checkpoint)
 
     def _write(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         settle(trainer, pl_module, reset=False)  # in place: the checkpoint's state dict holds these very buffers
-        spec = write_spec(self.scheme, self.selection, switch_of(pl_module).conversion)
+        spec = files.write_spec(self.scheme, self.selection, switch_of(pl_module).conversion)
         if "optimizer_states" in checkpoint and self.schedule is not None:
             spec["run"] = {
                 "schedule": self.schedule.state_dict(),
@@ -201,7 +193,7 @@ class Lifecycle(Callback):
                 "metrics": {name: dict(values) for name, values in self.metrics.items()},
                 "max_epochs": self._max_epochs,
             }
-        checkpoint[KEY] = spec
+        checkpoint[files.KEY] = spec
 
     def _configure_optimizers(self, trainer: Any, pl_module: Any, original: Any) -> Any:
         """The user's groups never see the scheme's parameters (minGPT-style code counts all of them)."""
@@ -217,6 +209,7 @@ class Lifecycle(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         if not is_converted(pl_module):
             self._swap(trainer, pl_module)  # nothing to convert: says so
+        files.check_trainable(pl_module)
         kept_in_eval = checks.check_root_mode(pl_module)
         if kept_in_eval:
             rank_zero_info(f"lightning_lowbit: in eval mode and left so: {', '.join(kept_in_eval[:8])}")
@@ -392,6 +385,7 @@ class Lifecycle(Callback):
         if is_converted(pl_module):
             end_run(pl_module, self.rule)
         self._undo()
+        files.keep_record(pl_module)
         self.resume.detach(trainer)
 
     def _undo(self) -> None:

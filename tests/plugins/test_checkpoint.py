@@ -6,6 +6,7 @@ import importlib
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,12 @@ from plugins.lifecycle_nets import (
 )
 from torch import Tensor, nn
 
-from lightning_lowbit import Calibrate, QuantCallback, Tqt, float_state_dict, load_from_checkpoint
+from lightning_lowbit import Calibrate, QuantCallback, Tqt, convert, float_state_dict, load_from_checkpoint
 from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.modules.convert import is_converted
-from lightning_lowbit.plugins.checkpoint import KEY, initialize_from
+from lightning_lowbit.modules.revert import revert
+from lightning_lowbit.plugins.checkpoint import KEY, initialize_from, keep_record
+from lightning_lowbit.schemes import registry
 
 pytestmark = QUIET
 
@@ -137,7 +140,7 @@ def test_a_missing_low_bit_key_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"Missing key.*lowbit_weight.log2_t"):
         trainer(tmp_path, QuantCallback()).test(seeded_net(), loader(), ckpt_path=tmp_path / "cut.ckpt")
     with pytest.raises(RuntimeError, match=r"Missing key.*lowbit_weight.log2_t"):
-        load_from_checkpoint(net_class(), tmp_path / "cut.ckpt")
+        load_from_checkpoint(type(net), tmp_path / "cut.ckpt")
 
 
 def test_other_layers_than_in_the_file_are_refused_by_path(tmp_path: Path) -> None:
@@ -171,7 +174,7 @@ def test_a_float_checkpoint_does_not_resume(tmp_path: Path) -> None:
 def test_load_from_checkpoint_of_a_float_file_is_the_float_module(tmp_path: Path) -> None:
     plain = seeded_net()
     trainer(tmp_path, saver(tmp_path)).fit(plain, loader(), loader())
-    loaded = load_from_checkpoint(net_class(), tmp_path / "best.ckpt")
+    loaded = load_from_checkpoint(type(plain), tmp_path / "best.ckpt")
     assert not is_converted(loaded)
 
 
@@ -270,14 +273,61 @@ def test_files_that_are_no_checkpoints_are_named(tmp_path: Path, content: bytes)
         initialize_from(tmp_path / "absent.pt", seeded_net())
 
 
-def test_weights_saved_when_no_fit_is_on_load_through_a_trainer_and_say_so_without_one(tmp_path: Path) -> None:
-    net, path = seeded_net(), tmp_path / "after.ckpt"
-    run = trainer(tmp_path, QuantCallback(start=0))
+@pytest.mark.parametrize("namespace", NAMESPACES)
+@pytest.mark.parametrize("way", ["behind fit", "loaded, without a callback", "state dict alone"])
+def test_weights_saved_when_no_run_is_on_hold_the_record(tmp_path: Path, namespace: str, way: str) -> None:
+    net, path = seeded_net(namespace), tmp_path / "after.ckpt"
+    run = trainer(tmp_path, QuantCallback(Tqt(bits=4), start=0, skip=["body.fc"]), namespace=namespace)
     run.fit(net, loader())
     run.save_checkpoint(path, weights_only=True)
-    with pytest.raises(ConfigError, match=r"after\.ckpt.*without the record of their conversion.*QuantCallback"):
-        load_from_checkpoint(net_class(), path)
+    if way == "loaded, without a callback":
+        again = trainer(tmp_path, namespace=namespace)
+        again.predict(load_from_checkpoint(type(net), path), loader())
+        again.save_checkpoint(path, weights_only=True)
+    elif way == "state dict alone":
+        torch.save({"state_dict": net.state_dict(), "pytorch-lightning_version": "2.6.6"}, path)
+    assert "optimizer_states" not in torch.load(path, weights_only=True)
+    loaded = load_from_checkpoint(type(net), path)
+    assert_equal_states(states(loaded), states(net))
+    assert torch.equal(outputs(loaded.eval()), outputs(net.eval()))
+    other = seeded_net(namespace, seed=1)
+    trainer(tmp_path, QuantCallback(skip=["body.fc"]), namespace=namespace).predict(other, loader(), ckpt_path=path)
+    assert_equal_states(states(other), states(net))
+
+
+def test_low_bit_weights_without_a_record_load_through_a_trainer_and_say_so_without_one(tmp_path: Path) -> None:
+    net, path = seeded_net(), tmp_path / "bare.ckpt"
+    trainer(tmp_path, QuantCallback(start=0)).fit(net, loader())
+    torch.save({"state_dict": dict(net.state_dict()), "pytorch-lightning_version": "2.6.6"}, path)
+    with pytest.raises(ConfigError, match=r"bare\.ckpt.*without the record of their conversion.*QuantCallback"):
+        load_from_checkpoint(type(net), path)
     other = seeded_net(seed=1)
     trainer(tmp_path, QuantCallback()).predict(other, loader(), ckpt_path=path)
     assert_equal_states(states(other), states(net))
-    assert torch.equal(outputs(other.eval()), outputs(net.eval()))
+
+
+def test_the_record_leaves_with_the_conversion() -> None:
+    net = seeded_net()
+    convert(net, "tqt", torch.zeros(2, 1, 6, 6))
+    keep_record(net)
+    keep_record(net)
+    assert len(net._state_dict_hooks) == 1
+    assert net.state_dict()._metadata[""][KEY]["scheme"] == "tqt"
+    revert(net)
+    assert KEY not in net.state_dict()._metadata[""]
+
+
+@pytest.mark.parametrize("scheme", sorted(registry()))
+def test_a_loaded_module_is_taken_by_a_callback_as_it_is(tmp_path: Path, scheme: str) -> None:
+    """Layers that the file has in float, by the scheme or by skip=, are no reason to convert the others anew."""
+    net, path = seeded_net(), tmp_path / "whole.ckpt"
+    left = "body.fc" if scheme in ("bnn", "wageubn") else "body.conv2"  # those leave it float by themselves
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what a scheme thinks of this network
+        run = trainer(tmp_path, QuantCallback(scheme, start=0, skip=[left]), max_steps=2)
+        run.fit(net, loader(), loader())
+        run.save_checkpoint(path)
+        loaded = load_from_checkpoint(type(net), path)
+        trainer(tmp_path, QuantCallback(scheme)).validate(loaded, loader(seed=3), verbose=False)
+    assert_equal_states(states(loaded), states(net))
+    assert torch.equal(outputs(loaded.eval()), outputs(net.eval()))
