@@ -6,10 +6,14 @@ import ast
 import contextlib
 import dataclasses
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -44,6 +48,9 @@ def blocks(language: str, text: str = README) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
+SHELL = "".join(blocks("bash")).splitlines()
+
+
 @pytest.fixture
 def in_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
@@ -64,7 +71,7 @@ def in_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_python_blocks_run_in_order(in_scratch: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    first, second, third, full, fourth, fifth, sixth = blocks("python")
+    first, second, third, full, fourth, fifth, sixth, seventh = blocks("python")
     namespace: dict[str, Any] = {}
     exec(first, namespace)
     assert namespace["quant"].metrics["trained"]
@@ -90,6 +97,18 @@ def test_python_blocks_run_in_order(in_scratch: Path, capsys: pytest.CaptureFixt
     exec(sixth, namespace)
     assert namespace["calibrated"].scheme.bias_calibration > 0
     assert summarize(namespace["model"])["conv2"].grid is not None
+    capsys.readouterr()
+    exec(seventh, namespace)
+    printed = capsys.readouterr().out
+    assert "EQUAL" in printed
+    assert "int32 suffices" in printed
+    np.save("images.npy", x.numpy())
+    for line in SHELL:
+        if line.startswith("python "):
+            subprocess.run([sys.executable, "-I", *line.split("#")[0].split()[1:]], check=True, capture_output=True)
+        elif line.startswith("cc ") and shutil.which("cc"):
+            assert subprocess.run(line, shell=True, check=True, capture_output=True).stdout == b"ok\n"
+    assert np.array_equal(np.load("logits.npy"), namespace["model"](x).detach())
 
 
 def test_the_blocks_of_the_fixed_point_page_run_in_order(in_scratch: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,9 +244,9 @@ def test_shell_lines_name_commands_that_exist(
 ) -> None:
     makefile = (ROOT / "Makefile").read_text()
     monkeypatch.chdir(ROOT)
-    for line in "".join(blocks("bash")).splitlines():
+    for line in SHELL:
         words = line.split("#")[0].split()
-        if not words:
+        if not words or words[0] in ("python", "cc"):  # run with the blocks that write their files
             continue
         if words[0] == "make":
             assert f"\n{words[1]}:" in makefile
