@@ -20,9 +20,12 @@ if TYPE_CHECKING:
     from lightning_lowbit.callbacks.fraclen import FraclenSchedule
     from lightning_lowbit.callbacks.freeze import Freeze
     from lightning_lowbit.callbacks.quant import QuantCallback
+    from lightning_lowbit.export.c99 import export_c
     from lightning_lowbit.export.lowering import lower
+    from lightning_lowbit.export.onnx import export_onnx
     from lightning_lowbit.export.packed import pack
     from lightning_lowbit.export.program import IntegerProgram
+    from lightning_lowbit.export.verify import verify
     from lightning_lowbit.modules.base import Scheme, float_mode
     from lightning_lowbit.plugins.checkpoint import float_state_dict, load_from_checkpoint, save_compact
     from lightning_lowbit.plugins.precision import LowBitPrecision, lowbit_step
@@ -59,6 +62,8 @@ __all__ = [
     "Wageubn",
     "advise_lr",
     "convert",
+    "export_c",
+    "export_onnx",
     "float_mode",
     "float_state_dict",
     "load_from_checkpoint",
@@ -67,6 +72,7 @@ __all__ = [
     "pack",
     "save_compact",
     "summarize",
+    "verify",
 ]
 
 # name -> the module that defines it
@@ -92,6 +98,8 @@ _HOME = {
     "Wageubn": "schemes.wageubn",
     "advise_lr": "schemes.step_advice",
     "convert": "schemes",
+    "export_c": "export.c99",
+    "export_onnx": "export.onnx",
     "float_mode": "modules.base",
     "float_state_dict": "plugins.checkpoint",
     "load_from_checkpoint": "plugins.checkpoint",
@@ -100,6 +108,7 @@ _HOME = {
     "pack": "export.packed",
     "save_compact": "plugins.checkpoint",
     "summarize": "reports.summary",
+    "verify": "export.verify",
 }
 
 

@@ -40,6 +40,7 @@ def lower(module: nn.Module, example_input: Any = None) -> IntegerProgram:
     return lowering_of(module, example_input).program
 
 
+@torch.no_grad()
 def lowering_of(module: nn.Module, example_input: Any = None) -> Lowering:
     """`lower`, with the way back from the program's values to the network's calls."""
     _require_quantized(module)
@@ -107,8 +108,10 @@ class Lowering:
         self.held: dict[Ref, Any] = {}
         self.sources: dict[str, Ref] = {}
         self._enter(given)
+        alive = _alive(self.small)
         for node, twin in zip(self.small.nodes, self.large.nodes, strict=True):
-            self._call(node, twin)
+            if node.index in alive:  # the others only check something
+                self._call(node, twin)
         self.program = self._leave()
 
     def shape(self, ref: Ref) -> tuple[int, ...]:
@@ -196,6 +199,18 @@ class Lowering:
             f"{type(self.module).__name__}: its forward returns a {type(output).__name__}, expected tensors that it "
             "computed, in tuples, lists and dicts. Return those, or lower a part of it."
         )
+
+
+def _alive(recording: Recording) -> set[int]:
+    """Calls that the network's result depends on."""
+    found: set[int] = set()
+    waiting = _refs(recording.output)
+    while waiting:
+        node = waiting.pop().node
+        if node >= 0 and node not in found:
+            found.add(node)
+            waiting += _refs((recording.nodes[node].args, recording.nodes[node].kwargs))
+    return found
 
 
 def _refs(structure: Any) -> list[Ref]:

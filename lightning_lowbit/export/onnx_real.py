@@ -261,7 +261,8 @@ def _steps(value: Value) -> Array:
     if isinstance(value.exponent, int):
         return np.array(2.0**value.exponent)
     assert value.axis is not None
-    return np.ldexp(1.0, np.array(value.exponent)).reshape([-1] + [1] * (len(value.shape) - 1 - value.axis))
+    steps: Array = np.ldexp(1.0, np.array(value.exponent)).reshape([-1] + [1] * (len(value.shape) - 1 - value.axis))
+    return steps
 
 
 def _inside(op: Op, source: Value) -> Array:

@@ -58,6 +58,7 @@ def _proved(layer: LowBitLayer, weight: Tensor, bias: Tensor | None) -> bool:
     if torch.compiler.is_compiling():  # reads no value: the largest weight in every place
         terms = math.prod(weight.shape) // weight.shape[layer.out_axis]
         return bias is None and terms * largest * 2 ** (quantizer.bits - 1) < FLOAT32_EXACT  # type: ignore[operator]  # a number
-    codes = weight.double() * pow2(-quantizer.exponent(), torch.float64)
-    biases = None if bias is None else bias.double() * pow2(-unit, torch.float64)
+    finest = unit if layer.lowbit_bias is None else torch.minimum(unit, layer.lowbit_bias.exponent())
+    codes = weight.double() * pow2(unit - finest - quantizer.exponent(), torch.float64)
+    biases = None if bias is None else bias.double() * pow2(-finest, torch.float64)
     return float_sums_exact(codes, largest, biases, layer.out_axis, layer.groups)

@@ -111,15 +111,19 @@ class LowBitLayer(LowBitModule):
         weight = on(self.lowbit_weight, weight)
         if x.is_float or self.lowbit_weight is None or (bias is not None and self.lowbit_bias is None):
             y = build.island("layer", x, layer=self, weight=weight, bias=bias)
-        elif self.lowbit_accumulator is None:
-            bias = bias if bias is None else on(self.lowbit_bias, bias)
-            y = build.product(self, x, weight, self.lowbit_weight.exponent(), bias)
         else:
-            y = build.snap(build.product(self, x, weight, self.lowbit_weight.exponent(), None), self.lowbit_accumulator)
-            if bias is not None and self.lowbit_bias is not None:
-                bias = on(self.lowbit_bias, bias)
+            bias = bias if bias is None else on(self.lowbit_bias, bias)
+            apart = self.lowbit_accumulator is not None or self._finer_bias()
+            y = build.product(self, x, weight, self.lowbit_weight.exponent(), None if apart else bias)
+            y = build.snap(y, self.lowbit_accumulator)
+            if apart and bias is not None and self.lowbit_bias is not None:
                 y = build.constant(y, bias, self.lowbit_bias.exponent(), self.channel_axis)
         return build.snap(y, self.lowbit_output)
+
+    def _finer_bias(self) -> bool:
+        """Whether the bias is on a finer step than the products that it is added to."""
+        unit = None if self.lowbit_bias is None else self.accumulator_exponent()
+        return unit is not None and self.lowbit_bias is not None and bool((self.lowbit_bias.exponent() < unit).any())
 
     def _unmanaged(self, grad: Tensor) -> None:
         """Somebody trains, and nobody would apply the scheme's update rule: said once."""

@@ -114,6 +114,18 @@ def test_a_part_of_a_network_and_two_inputs() -> None:
     assert same(lower(net.left, a).run(a), net.left(a))
 
 
+def test_calls_that_only_check_something_are_left_out() -> None:
+    def behind(x: Tensor) -> Tensor:
+        if bool(x.abs().sum() > 1e9):
+            raise ValueError("overflow")
+        return x
+
+    net = low(Net(behind), images())
+    program = lower(net, images())
+    assert [op.kind for op in program.ops] == ["quantize", "conv", "requantize", "dequantize"]
+    assert same(program(images(3)), net(images(3)))
+
+
 def test_the_module_is_left_as_it_was() -> None:
     net = low(Net(lambda x: x), images())
     net.train()
@@ -137,6 +149,18 @@ def test_sums_that_float32_does_not_hold() -> None:
     assert widest > 2**24
     assert net(x).dtype == torch.float32
     assert same(program.run(x), net(x))
+
+
+@pytest.mark.parametrize("options", [{"bias": "own"}, {"bias": "own", "bias_bits": 4}, {"bias": "float"}], ids=str)
+def test_biases_on_steps_of_their_own(options: dict[str, Any]) -> None:
+    torch.manual_seed(3)
+    net = Net(lambda x: x)
+    net.conv.bias.data *= 3
+    program = lower(low(net, images(), scheme=Tqt(**options)), images())
+    exact = not any(op.kind == "island" for op in program.ops)
+    assert exact is (options["bias"] == "own")
+    if exact:
+        assert same(program(images(3)), net(images(3)))
 
 
 def test_proved_bounds_hold_what_is_seen() -> None:
