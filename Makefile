@@ -25,15 +25,19 @@ bench: $(READY)
 	@$(BIN)/python benchmarks/qat_step.py
 	@$(BIN)/python benchmarks/int8_training.py
 	@$(BIN)/python benchmarks/binary_inference.py
+	@$(BIN)/python benchmarks/inference.py
 
 # Trains, kills -9 at random moments, resumes, and compares with a run that nobody disturbed. A PYTHON that is named
 # runs it as it is, with the package's dependencies installed.
+# Then lowers random networks, and verifies the programs.
 KILLS ?= 5
+GRAPHS ?= 200
 SCHEMES ?= niti tqt bnn f8net jacinto wageubn
 NAMED := $(findstring command,$(origin PYTHON))
 
 torture: $(if $(NAMED),,$(READY))
 	@PYTHONPATH=. $(if $(NAMED),$(PYTHON),$(BIN)/python) tests/torture.py --kills $(KILLS) --schemes $(SCHEMES)
+	@PYTHONPATH=. $(if $(NAMED),$(PYTHON),$(BIN)/python) tests/torture_programs.py --graphs $(GRAPHS) --schemes $(SCHEMES)
 
 # torch goes first and alone: nothing that depends on it may choose another build of it.
 $(READY): pyproject.toml constraints.txt

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_lowbit.errors import InvariantError, UnsupportedModelError
-from lightning_lowbit.export.moves import moved
+from lightning_lowbit.errors import UnsupportedModelError
+from lightning_lowbit.export.bounds import DEVICE_KINDS, INT64, bounds_after, normalize_bounds, round_fraction
+from lightning_lowbit.export.carried import HELD, Carried, carried_on
+from lightning_lowbit.export.moves import BATCHES, concrete, moved, moved_counts
 from lightning_lowbit.export.products import geometry, product_bounds, product_shape, whole_codes
 from lightning_lowbit.export.runtime import Op, Value
+from lightning_lowbit.export.signs import line, signs
 from lightning_lowbit.export.windows import pooled
 from lightning_lowbit.modules.lowering import Snap, refuse
 from lightning_lowbit.modules.quantizer import Quantizer
@@ -22,8 +25,7 @@ from lightning_lowbit.numerics.rounding import Rounding
 
 __all__ = ["Held", "ProgramBuilder", "smallest"]
 
-INT64 = 2**62  # no sum may come near the end of int64
-_DEVICE_KINDS = (Rounding.HALF_EVEN, Rounding.HALF_UP, Rounding.HALF_AWAY, Rounding.FLOOR, Rounding.TRUNCATE)
+_APART = 2**21  # floats of different integers below it differ, also divided and multiplied in float32
 Array = np.ndarray[Any, Any]
 
 
@@ -71,7 +73,10 @@ class ProgramBuilder:
     def __init__(self) -> None:
         self.ops: list[Op] = []
         self.values: dict[str, Value] = {}
+        self.carried: dict[str, Carried] = {}  # by the name of a value
+        self.signs: dict[str, Held] = {}  # by the name of what they are of
         self.path = ""
+        self.output_size: Any = None  # what the call that is being lowered asks for
 
     # -- writing ---------------------------------------------------------------------------------------------------
     def input(self, shape: tuple[int, ...]) -> Held:
@@ -94,6 +99,9 @@ class ProgramBuilder:
         """One operation; ``fields`` are those of its value: dtype, low, high, exponent, axis."""
         out = self._held(shape, **fields)
         kept = {name: array for name, array in (constants or {}).items() if array is not None}
+        carried = carried_on(kind, attributes or {}, [self.carried.get(x.name) for x in inputs], self.path)
+        if carried is not None:
+            self.carried[out.name] = carried
         self.ops.append(Op(kind, self.path, tuple(x.name for x in inputs), out.name, attributes or {}, kept))
         return out
 
@@ -108,7 +116,7 @@ class ProgramBuilder:
         if by is None:
             return self._rectified(x, limit) if rectify else x
         to = by.as_snap() if isinstance(by, Quantizer) else by
-        if to.rounding not in _DEVICE_KINDS:
+        if to.rounding not in DEVICE_KINDS:
             raise refuse(
                 self.path, f"it rounds by {to.rounding.value!r}, which is one accelerator's own rule",
                 "Train with half_even, half_up or half_away.",
@@ -124,10 +132,13 @@ class ProgramBuilder:
         if x.is_float:
             assert low is not None
             assert high is not None
+            found = line(self, x, exponent, rounding.value, low, high)
+            if found is not None:
+                return found
             attributes = {"exponent": exponent, **ends}
             return self.emit("quantize", [x], x.shape, attributes, low=low, high=high, exponent=exponent)
         shifts = [exponent - e for e in (x.exponent if isinstance(x.exponent, tuple) else (x.exponent,))]
-        least, most = _after(x, shifts, low, high)
+        least, most = bounds_after(x, shifts, low, high)
         fields: dict[str, Any] = {"low": least, "high": most, "exponent": exponent}
         if x.count is not None:
             if len(shifts) > 1:
@@ -143,12 +154,13 @@ class ProgramBuilder:
     def clip(self, x: Held, low: int | None, high: int | None) -> Held:
         if x.count is not None and (low, high) != (0, None):
             self.whole(x)
-        least, most = _after(x, [0], low, high)
+        least, most = bounds_after(x, [0], low, high)
         if least == x.low and most == x.high:
             return x
         attributes = {"shift": 0, "axis": None, "rounding": "floor", "low": low, "high": high}
         fields: dict[str, Any] = {"low": least, "high": most, "exponent": x.exponent, "axis": x.value.axis}
-        return replace(self.emit("requantize", [x], x.shape, attributes, **fields), count=x.count, precision=x.precision)
+        clipped = self.emit("requantize", [x], x.shape, attributes, **fields)
+        return replace(clipped, count=x.count, precision=x.precision)
 
     def _rectified(self, x: Held, limit: float | None) -> Held:
         if x.is_float:
@@ -171,7 +183,7 @@ class ProgramBuilder:
         unit: int | tuple[int, ...] = units[0] if len(set(units)) == 1 else tuple(units)
         biases = None if bias is None else whole_codes(bias, torch.tensor(units), self.path, "bias", None)
         low, high = product_bounds(layer, codes, biases, x.low, x.high)
-        kind, attributes = geometry(layer, x.shape)
+        kind, attributes = geometry(layer, x.shape, self.output_size)
         constants = {"weight": smallest(codes), "bias": None if biases is None else smallest(biases)}
         shape = product_shape(layer, kind, attributes, x.shape)
         axis = None if isinstance(unit, int) else 1 if kind != "linear" else len(shape) - 1
@@ -185,9 +197,8 @@ class ProgramBuilder:
         return self.move(x, lambda t: nn.functional.pad(t, border, mode=mode))
 
     def constant(self, x: Held, values: Tensor, exponent: int | Tensor, axis: int) -> Held:
-        self.whole(x)
-        if not isinstance(x.exponent, int):
-            raise refuse(self.path, "it adds to sums on a step per channel", "Convert with per-tensor steps.")
+        x = self.leveled(self.whole(x))
+        assert isinstance(x.exponent, int)
         step = min(x.exponent, int(exponent))
         codes = whole_codes(values, torch.tensor([step]), self.path, "constant", None)
         left = [x.exponent - step, 0]
@@ -230,9 +241,8 @@ class ProgramBuilder:
         return self.emit("concat", moved_parts, shape, {"axis": axis}, low=low, high=high, exponent=step)
 
     def pool(self, x: Held, kind: tuple[int, bool] | None, *args: Any, **settings: Any) -> Held:
-        if x.is_float:
-            raise refuse(self.path, "it averages floats", "Quantize its input.")
-        return pooled(self, self.whole(x), kind, *args, **settings)
+        x = x if x.count is None else self.floats(x)  # a mean of means that nobody rounded is one of floats
+        return pooled(self, x, kind, *args, **settings)
 
     def scaled(self, x: Held, exponent: int) -> Held:
         step = x.exponent
@@ -243,13 +253,50 @@ class ProgramBuilder:
 
     # -- moves, and the rest ----------------------------------------------------------------------------------------
     def move(self, x: Held, function: Callable[[Tensor], Tensor]) -> Held:
-        if isinstance(x.count, np.ndarray) or x.value.axis is not None:
-            raise refuse(self.path, "it moves sums on steps of their own", "Quantize the tensor before it.")
-        return replace(moved(self, x, function), count=x.count, precision=x.precision)
+        x = self.leveled(x)
+        count = x.count if not isinstance(x.count, np.ndarray) else moved_counts(x.count, x.shape, function)
+        return replace(moved(self, x, function), count=count, precision=x.precision)
 
-    def threshold(self, x: Held, low: Tensor, flip: Tensor) -> Held:
+    def leveled(self, x: Held) -> Held:
+        """Integers on a step per channel brought to the finest one."""
+        if not isinstance(x.exponent, tuple):
+            return x
+        if x.count is not None:
+            raise refuse(self.path, "it reads means on a step per channel", "Convert with per-tensor steps.")
+        return self.rounded(x, min(x.exponent), None, None, Rounding.FLOOR)
+
+    def ordered(self, x: Held) -> Held:
+        """Integers in the order of floats that are their multiples; x itself where rounding may have made equals."""
+        maker = next((op for op in self.ops if op.output == x.name), None) if x.is_float else None
+        if maker is not None and maker.kind == "dequantize" and not maker.constants:
+            source, factor = self.values[maker.inputs[0]], maker.attributes["factor"]
+            alike = isinstance(source.exponent, int) and (factor is None or factor > 0)
+            return Held(source) if alike and max(-source.low, source.high) < _APART else x
+        whole = isinstance(x.exponent, int) and not isinstance(x.count, np.ndarray)
+        return x if x.is_float or (whole and max(-x.low, x.high) < _APART) else self.floats(x)
+
+    def zeros(self, like: Held, shape: tuple[int, ...]) -> Held:
+        """Zeros of a shape, on the step of ``like``."""
+        batch = [concrete(like.shape, n)[0] for n in BATCHES]
+        return self.move(like, lambda t: torch.zeros(concrete(shape, BATCHES[batch.index(len(t))]), dtype=t.dtype))
+
+    def threshold(self, x: Held, low: Tensor, flip: Tensor, axis: int = 1) -> Held:
         constants = {"low": smallest(low.numpy()), "flip": flip.numpy().astype(np.uint8)}
-        return self.emit("threshold", [self.whole(x)], x.shape, {"axis": 1}, constants, low=-1, high=1)
+        return self.emit("threshold", [self.whole(x)], x.shape, {"axis": axis}, constants, low=-1, high=1)
+
+    def sign(self, x: Held) -> Held:
+        return signs(self, x)
+
+    def border(self, x: Held, sides: Sequence[Sequence[int]], value: int) -> Held:
+        padding = [[0, 0], [0, 0], *(list(side) for side in sides)]
+        shape = (*x.shape[:2], *(n + sum(side) for n, side in zip(x.shape[2:], sides, strict=True)))
+        fields: dict[str, Any] = {"low": min(x.low, value), "high": max(x.high, value), "exponent": x.exponent}
+        return self.emit("pad", [self.whole(x)], shape, {"padding": padding, "value": value}, **fields)
+
+    def in_float32(self, x: Held, how: Literal["nearest", "odd"], instead: str) -> Held:
+        if not x.is_float and max(-x.low, x.high) > HELD:
+            self.carried[x.name] = Carried(how, instead)
+        return x
 
     def normalize(self, x: Held, attributes: Mapping[str, Any], constants: Mapping[str, Tensor], bits: int) -> Held:
         arrays = {name: tensor.cpu().numpy().astype(np.int64) for name, tensor in constants.items()}
@@ -277,7 +324,7 @@ class ProgramBuilder:
 
     def _float_layer(self, x: Held, layer: nn.Module, weight: Tensor, bias: Tensor | None) -> Held:
         x = self.bordered(layer, x)
-        kind, attributes = geometry(layer, x.shape)
+        kind, attributes = geometry(layer, x.shape, self.output_size)
         constants = {"weight": weight} | ({} if bias is None else {"bias": bias})
         shape = product_shape(layer, kind, attributes, x.shape)
         return self.island(kind, x, shape=shape, constants=constants, **attributes)
@@ -286,57 +333,6 @@ class ProgramBuilder:
 def _counts(x: Held) -> tuple[int | None, Array | None]:
     """What x is to be divided by: one number, or one a place."""
     return (None, x.count) if isinstance(x.count, np.ndarray) else (x.count, None)
-
-
-def round_fraction(v: Fraction, rounding: Rounding) -> int:
-    """One rational rounded, by one of the rules that devices have.
-
-    >>> [round_fraction(Fraction(5, 2), kind) for kind in _DEVICE_KINDS]
-    [2, 3, 3, 2, 2]
-    """
-    floor = v.numerator // v.denominator
-    rest = v - floor
-    if rounding is Rounding.FLOOR or rest == 0:
-        return floor
-    if rounding is Rounding.TRUNCATE:
-        return floor + int(v < 0)
-    if rest != Fraction(1, 2):
-        return floor + int(rest > Fraction(1, 2))
-    up = {Rounding.HALF_UP: True, Rounding.HALF_AWAY: v > 0, Rounding.HALF_EVEN: floor % 2 == 1}
-    return floor + int(up[rounding])
-
-
-def _after(x: Held, shifts: Sequence[int], low: int | None, high: int | None) -> tuple[int, int]:
-    """Bounds behind a shift, a division and a clip."""
-    counts = [1] if x.count is None else np.unique(x.count).tolist()
-    ends = [
-        (Fraction(x.low) / c / Fraction(2) ** s, Fraction(x.high) / c / Fraction(2) ** s)
-        for s in shifts
-        for c in counts
-    ]
-    least = min(a.numerator // a.denominator for a, _ in ends)
-    most = max(-(-b.numerator // b.denominator) for _, b in ends)
-    least, most = (max(least, low), max(most, low)) if low is not None else (least, most)
-    return (min(least, high), min(most, high)) if high is not None else (least, most)
-
-
-def normalize_bounds(x: Held, attributes: Mapping[str, Any], constants: Mapping[str, Array]) -> tuple[int, int]:
-    """Bounds of what runtime's ``normalize`` gives and of its products; its numerators are checked on the way."""
-    a = attributes
-    f = max(a["fraction_in"], a["mean_fraction"])
-    left = a["xhat_fraction"] + a["s_fraction"] - f
-    ends = [0]
-    for mean, s, gamma, beta in zip(*(constants[n].tolist() for n in ("mean", "s", "gamma", "beta")), strict=True):
-        for code in (x.low, x.high):
-            d = ((code << (f - a["fraction_in"])) - (mean << (f - a["mean_fraction"]))) << max(left, 0)
-            if abs(d) > INT64:
-                raise InvariantError(f"a batch norm's numerator can reach {d:.3g}, beyond int64.")
-            xhat = round_fraction(Fraction(d, s << max(-left, 0)), Rounding.HALF_EVEN)
-            if a["limit"] is not None:
-                xhat = max(-a["limit"], min(a["limit"], xhat))
-            product = gamma * xhat << (a["out_fraction"] - a["product_fraction"])
-            ends += [product, product + beta]
-    return min(ends), max(ends)
 
 
 def _broadcast(shapes: Sequence[tuple[int, ...]], path: str) -> tuple[int, ...]:

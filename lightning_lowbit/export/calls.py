@@ -17,10 +17,11 @@ from lightning_lowbit.export.islands import float_function
 from lightning_lowbit.export.moves import BATCHES, concrete
 from lightning_lowbit.export.record import Node, Ref
 from lightning_lowbit.export.windows import largest
-from lightning_lowbit.graph.ops import Kind, classify
+from lightning_lowbit.graph.ops import Kind, classify, drops
+from lightning_lowbit.modules.lowering import refuse
 from lightning_lowbit.modules.pooling import WINDOW, kind_of
 
-__all__ = ["lower_call"]
+__all__ = ["joins", "lower_call", "takes_sizes"]
 
 _MAX_POOLS: dict[Any, tuple[int, bool]] = {
     F.max_pool1d: (1, False), F.max_pool2d: (2, False), F.max_pool3d: (3, False),
@@ -45,17 +46,21 @@ def lower_call(
         shapes: gives the shape of a ``Ref`` (``shapes.shape``).
     """
     target, name = node.target, name_of(node.target)
+    own: Any = getattr(target, "lower", None) if isinstance(target, nn.Module) else None
+    if own is not None:  # a module of ours that no conversion touches
+        return own(build, *args, **kwargs)
     if _max_pool(target) is not None:
         dims, adaptive = _max_pool(target) or (0, False)
         return largest(build, args[0], dims, adaptive, *args[1:], **kwargs, **_settings(target))
-    kind = classify(target, args, kwargs) if not isinstance(target, types.MethodDescriptorType) else classify(name)
-    kind = _as_function(name, args, kwargs, kind)
+    kind = _classify(target, args, kwargs)
     operands = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Held)]
     if kind is Kind.KEEP:
+        if drops(target) and not isinstance(target, nn.Module) and kwargs.get("training", (*args, 0.5, True)[2]):
+            raise refuse(node.path, "it draws random numbers in evaluation", "Pass training=self.training.")
         return _moves(build, node, twin, args, kwargs)
     if name == "argmax":
         return _argmax(build, *args, **kwargs)
-    if not any(x.is_float for x in operands):
+    if not any(x.is_float for x in operands) or kind is Kind.CAT or (kind is Kind.AVG_POOL and name != "mean"):
         exact = _integers(build, kind, target, name, args, kwargs)
         if exact is not None:
             return exact
@@ -68,6 +73,26 @@ def lower_call(
         f"{node.path}: {name} has no integer form, and is none of the float functions that a program knows. Make it a "
         "module that stays outside, lower the parts before and behind it, or write it with other functions."
     )
+
+
+def takes_sizes(target: Any) -> bool:
+    """Whether a call's numbers may be sizes of tensors."""
+    return not isinstance(target, nn.Module) and _classify(target, (), {}) is Kind.KEEP
+
+
+def joins(target: Any) -> bool:
+    """Whether a call is torch.cat, or another name of it."""
+    return not isinstance(target, nn.Module) and _classify(target, (), {}) is Kind.CAT
+
+
+def _classify(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Kind:
+    """By the planner's table, in which methods of tensors stand by name."""
+    name = name_of(target)
+    method = isinstance(target, types.MethodDescriptorType) or str(getattr(target, "__qualname__", "")).startswith(
+        "Tensor."
+    )
+    kind = classify(name) if method else classify(target, args, kwargs)
+    return _as_function(name, args, kwargs, kind)
 
 
 def name_of(target: Any) -> str:
@@ -143,7 +168,7 @@ def _argmax(build: ProgramBuilder, x: Held, dim: int | None = None, keepdim: boo
         raise UnsupportedModelError(f"{build.path}: argmax over the batch. Give it dim=.")
     axis = dim % len(x.shape)
     shape = [1 if a == axis else n for a, n in enumerate(x.shape) if keepdim or a != axis]
-    return build.emit("argmax", [build.whole(x)], shape, {"axis": axis, "keepdims": keepdim}, dtype="int64")
+    return build.emit("argmax", [build.ordered(x)], shape, {"axis": axis, "keepdims": keepdim}, dtype="int64")
 
 
 def _integers(build: ProgramBuilder, kind: Kind, target: Any, name: str, args: Any, kwargs: Any) -> Held | None:

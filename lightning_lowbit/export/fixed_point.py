@@ -120,9 +120,7 @@ def integer_input(source: FraclenInput) -> IntegerInput:
     fraclen = source.rounded()
     if fraclen.numel() > 1:
         raise _unsupported(source.site.key, *_PER_CHANNEL)
-    realigned = source.form.ties == "realign" and source.alpha is not None and source.counted is not source.leader
-    moved = int(fraclen) - int(source.leader.rounded()) if realigned else 0
-    return IntegerInput(int(fraclen), source.form.bits, source.signed, moved)
+    return IntegerInput(int(fraclen), source.form.bits, source.signed, source.moved())
 
 
 @torch.no_grad()

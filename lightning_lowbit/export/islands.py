@@ -53,6 +53,11 @@ def float_function(
             return found
     if name in _PLAIN:
         return build.island(_PLAIN[name], args[0] if args else kwargs["input"])
+    if name in ("neg", "negative", "__neg__"):
+        return build.island("mul", args[0], constants={"other": torch.tensor(-1.0)})
+    if name in ("rsub", "__rsub__") and not isinstance(args[1], (Tensor, Held)):  # a - x = -x + a, to the last bit
+        negated = build.island("mul", args[0], constants={"other": torch.tensor(-1.0)})
+        return build.island("add", negated, constants={"other": torch.tensor(float(args[1]))})
     if name in _PAIRS and not kwargs:
         return _pair(build, name, args[0], args[1], shape)
     if name.rstrip("_") in _WITH_NUMBERS:
@@ -79,7 +84,7 @@ def _module(build: ProgramBuilder, module: nn.Module, x: Held, shape: tuple[int,
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
         assert module.running_var is not None
         a, b = affine_parameters(module.running_mean, module.running_var, module.weight, module.bias, module.eps)
-        return build.island("affine", x, constants={"a": a, "b": b})
+        return build.island("affine", x, constants={"a": a, "b": b}, nearly=True)
     if isinstance(module, nn.PReLU):
         return build.island("prelu", x, constants={"slope": module.weight})
     if isinstance(module, nn.LayerNorm):
@@ -113,8 +118,9 @@ def _pair(build: ProgramBuilder, name: str, a: Any, b: Any, shape: tuple[int, ..
 
 
 def _mean(
-    build: ProgramBuilder, x: Held, shape: tuple[int, ...], dim: Any = None, keepdim: bool = False
+    build: ProgramBuilder, x: Held, shape: tuple[int, ...], dim: Any = None, keepdim: bool = False, axis: Any = None
 ) -> Held | None:
+    dim = dim if axis is None else axis
     if dim is None:
         return None
     axes = [axis % len(x.shape) for axis in ([dim] if isinstance(dim, int) else dim)]

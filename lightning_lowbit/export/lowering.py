@@ -8,16 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from lightning_lowbit.errors import ConfigError, InvariantError, UnsupportedModelError
 from lightning_lowbit.export.builder import Held, ProgramBuilder
-from lightning_lowbit.export.calls import lower_call
+from lightning_lowbit.export.calls import joins, lower_call, takes_sizes
 from lightning_lowbit.export.moves import BATCHES, symbolic
 from lightning_lowbit.export.program import IntegerProgram
 from lightning_lowbit.export.record import Node, Recording, Ref, record
+from lightning_lowbit.export.twins import alive, refs_of, require_same_calls, require_same_numbers
 from lightning_lowbit.modules.base import LowBitModule, Mode, low_bit_modules, switch_of
 from lightning_lowbit.modules.convert import quantizers
+from lightning_lowbit.modules.lowering import refuse
 from lightning_lowbit.modules.quantizer import Quantizer
 
 __all__ = ["Lowering", "lower", "lowering_of", "samples_of"]
@@ -30,6 +32,7 @@ def lower(module: nn.Module, example_input: Any = None) -> IntegerProgram:
         module: converted, trained or calibrated; a part of such a network is one too.
         example_input: a batch, or a tuple of the forward's arguments; default the module's ``example_input_array``.
             Only shapes matter, and which branches the forward takes.
+            A batch of one keeps its batch axis, whatever ``squeeze()`` would do.
     Returns:
         a program whose ``run`` gives what ``module`` gives, bit for bit where no float island stands in between
         (``summary`` names them, ``verify`` proves the rest).
@@ -43,6 +46,9 @@ def lower(module: nn.Module, example_input: Any = None) -> IntegerProgram:
 @torch.no_grad()
 def lowering_of(module: nn.Module, example_input: Any = None) -> Lowering:
     """`lower`, with the way back from the program's values to the network's calls."""
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"lower: got a {type(module).__name__}, expected a converted module: lower(module, batch).")
+    module = getattr(module, "_orig_mod", module)  # what torch.compile has wrapped
     _require_quantized(module)
     given = getattr(module, "example_input_array", None) if example_input is None else example_input
     if given is None:
@@ -53,8 +59,9 @@ def lowering_of(module: nn.Module, example_input: Any = None) -> Lowering:
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:
-        recordings = [record(module, samples_of(given, n)) for n in BATCHES]
-        return Lowering(module, given, recordings)
+        small = samples_of(given, BATCHES[0])
+        large = tree_map(_of_other_values, samples_of(given, BATCHES[1]))
+        return Lowering(module, [record(module, small), record(module, large)])
     finally:
         for part in training:
             part.training = True
@@ -63,6 +70,12 @@ def lowering_of(module: nn.Module, example_input: Any = None) -> Lowering:
 def samples_of(given: Any, batch: int) -> tuple[Any, ...]:
     """The arguments of a forward, tensors with so many samples: those given, repeated in turn."""
     arguments = tuple(given) if isinstance(given, (tuple, list)) else (given,)
+    tensors = [value for value in tree_flatten(arguments)[0] if isinstance(value, Tensor)]
+    if not tensors or any(value.dim() and not len(value) for value in tensors):
+        raise ConfigError(
+            f"lower: got an example of type {type(given).__name__} without samples, expected a float32 tensor with a "
+            "batch, or a tuple of the forward's arguments."
+        )
 
     def chosen(value: Any) -> Any:
         if not isinstance(value, Tensor) or value.dim() == 0 or not len(value):
@@ -70,6 +83,11 @@ def samples_of(given: Any, batch: int) -> tuple[Any, ...]:
         return value[torch.arange(batch, device=value.device) % len(value)]
 
     return tuple(tree_map(chosen, arguments))
+
+
+def _of_other_values(value: Any) -> Any:
+    """Floats changed, so that what a network takes from them in Python shows."""
+    return value.flip(0) * 1.25 if isinstance(value, Tensor) and value.is_floating_point() and value.dim() else value
 
 
 def _require_quantized(module: nn.Module) -> None:
@@ -95,29 +113,23 @@ class Lowering:
         sources: tensors of the recording (`Ref`) by the name of the value that holds them.
     """
 
-    def __init__(self, module: nn.Module, given: Any, recordings: Sequence[Recording]) -> None:
+    def __init__(self, module: nn.Module, recordings: Sequence[Recording]) -> None:
         self.module, self.small, self.large = module, *recordings
-        calls = [[(node.path, node.target) for node in recording.nodes] for recording in recordings]
-        if [path for path, _ in calls[0]] != [path for path, _ in calls[1]]:
-            other = next((a[0] for a, b in zip(*calls, strict=False) if a[0] != b[0]), "its last call")
-            raise UnsupportedModelError(
-                f"{other}: the forward makes other calls for a batch of {BATCHES[1]} than for one of {BATCHES[0]}. "
-                "Keep branches apart from the batch's size."
-            )
+        require_same_calls(self.small, self.large)
         self.build = ProgramBuilder()
         self.held: dict[Ref, Any] = {}
         self.sources: dict[str, Ref] = {}
-        self._enter(given)
-        alive = _alive(self.small)
+        self._enter()
+        needed = alive(self.small)
         for node, twin in zip(self.small.nodes, self.large.nodes, strict=True):
-            if node.index in alive:  # the others only check something
+            if node.index in needed:
                 self._call(node, twin)
         self.program = self._leave()
 
     def shape(self, ref: Ref) -> tuple[int, ...]:
         return symbolic([self.small.shapes[ref], self.large.shapes[ref]], self.build.path)
 
-    def _enter(self, given: Any) -> None:
+    def _enter(self) -> None:
         self.inputs = []
         for ref in (ref for ref in self.small.shapes if ref.node < 0):
             if self.small.dtypes[ref] != torch.float32:
@@ -131,8 +143,14 @@ class Lowering:
 
     def _call(self, node: Node, twin: Node) -> None:
         self.build.path = node.path
+        require_same_numbers(node, twin, takes_sizes(node.target))
         args, kwargs = tree_map(self._operand, (node.args, node.kwargs))
         target = node.target
+        args, kwargs = self._with_zeros(node, twin, args, kwargs)
+        self.build.output_size = None
+        if isinstance(target, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+            self.build.output_size = args[1] if len(args) > 1 else kwargs.get("output_size")
+            args, kwargs = args[:1], {}
         if isinstance(target, Quantizer):
             result = self._quantizer(node.path, target, *args, **kwargs)
         elif isinstance(target, LowBitModule):
@@ -140,7 +158,7 @@ class Lowering:
         else:
             result = lower_call(self.build, node, twin, args, kwargs, self)
         results = result if isinstance(result, (tuple, list)) else (result,)
-        for ref, value in zip(_refs(node.result), results, strict=True):
+        for ref, value in zip(refs_of(node.result), results, strict=True):
             if isinstance(value, Held) and value.shape != self.shape(ref):
                 raise InvariantError(
                     f"{node.path}: lowered to a tensor of shape {value.shape}, the network gives {self.shape(ref)}. "
@@ -149,6 +167,20 @@ class Lowering:
             self.held[ref] = value
             if isinstance(value, Held) and value.count is None:
                 self.sources.setdefault(value.name, ref)
+
+    def _with_zeros(self, node: Node, twin: Node, args: Any, kwargs: Any) -> Any:
+        """Arguments of what joins tensors, and of ours: zeros among them become zeros of the program."""
+        if not isinstance(node.target, LowBitModule) and not joins(node.target):
+            return args, kwargs
+        leaves, tree = tree_flatten((args, kwargs))
+        others = tree_flatten((twin.args, twin.kwargs))[0]
+        like = next(x for x in leaves if isinstance(x, Held))
+        for index, (x, other) in enumerate(zip(leaves, others, strict=True)):
+            if isinstance(x, Tensor):
+                if bool(x.any()):
+                    raise refuse(node.path, "it reads a tensor that the inputs do not reach", "Add it as a parameter.")
+                leaves[index] = self.build.zeros(like, symbolic([x.shape, other.shape], node.path))
+        return tree_unflatten(leaves, tree)
 
     def _quantizer(self, path: str, quantizer: Quantizer, x: Any, rectify: bool = False) -> Any:
         """One behind a module of the user's; what only stands in a quantizer's place is the scheme's to write."""
@@ -199,22 +231,6 @@ class Lowering:
             f"{type(self.module).__name__}: its forward returns a {type(output).__name__}, expected tensors that it "
             "computed, in tuples, lists and dicts. Return those, or lower a part of it."
         )
-
-
-def _alive(recording: Recording) -> set[int]:
-    """Calls that the network's result depends on."""
-    found: set[int] = set()
-    waiting = _refs(recording.output)
-    while waiting:
-        node = waiting.pop().node
-        if node >= 0 and node not in found:
-            found.add(node)
-            waiting += _refs((recording.nodes[node].args, recording.nodes[node].kwargs))
-    return found
-
-
-def _refs(structure: Any) -> list[Ref]:
-    return [x for x in tree_flatten(structure)[0] if isinstance(x, Ref)]
 
 
 def _needed(ops: Sequence[Any], outputs: Sequence[str]) -> list[Any]:

@@ -15,7 +15,7 @@ from lightning_lowbit.modules.lowering import refuse
 if TYPE_CHECKING:
     from lightning_lowbit.export.builder import Held, ProgramBuilder
 
-__all__ = ["BATCHES", "concrete", "moved", "symbolic"]
+__all__ = ["BATCHES", "concrete", "moved", "moved_counts", "symbolic"]
 
 BATCHES = (2, 3)  # at these sizes a network is recorded, and moves are tried
 Array = np.ndarray[Any, Any]
@@ -75,6 +75,13 @@ def moved(build: ProgramBuilder, x: Held, function: Callable[[Tensor], Tensor]) 
         return _emit(build, "pad", x, shape, {"padding": [[0, 0], *padding], "value": 0}, zero=True)
     gathered = {"index": sample.astype(np.int32)}
     return _emit(build, "gather", x, shape, {}, gathered, zero=bool((sample < 0).any()))
+
+
+def moved_counts(count: Array, shape: Sequence[int], function: Callable[[Tensor], Tensor]) -> Array:
+    """What each moved sum is to be divided by; what comes from nowhere is 0, of anything."""
+    each = torch.as_tensor(count).expand(concrete(shape, BATCHES[0])).to(torch.float64)
+    found: Array = function(each)[0].clamp(min=1).to(torch.int64).numpy()
+    return found
 
 
 def _emit(

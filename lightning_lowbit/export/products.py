@@ -19,8 +19,13 @@ _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-def geometry(layer: Any, shape: tuple[int, ...]) -> tuple[str, dict[str, Any]]:
+def geometry(layer: Any, shape: tuple[int, ...], wanted: Any = None) -> tuple[str, dict[str, Any]]:
     """Kind of a layer's product, and its attributes for an input of that shape.
+
+    Args:
+        layer: convolution, transposed convolution or linear layer.
+        shape: of its input.
+        wanted: size of the output that the call asks for (transposed ones).
 
     Raises:
         UnsupportedModelError: a layer of another kind, or an input without a batch.
@@ -36,7 +41,6 @@ def geometry(layer: Any, shape: tuple[int, ...]) -> tuple[str, dict[str, Any]]:
         raise UnsupportedModelError(f"{path}: got an input of {len(shape)} axes, expected a batch of samples.")
     common = {"stride": list(layer.stride), "dilation": list(layer.dilation), "groups": layer.groups}
     if isinstance(layer, _TRANSPOSED):
-        wanted = layer.__dict__.get("requested")
         extra = list(layer.output_padding)
         if wanted is not None:
             sizes = zip(shape[2:], layer.stride, layer.padding, layer.dilation, layer.kernel_size, strict=True)

@@ -69,9 +69,7 @@ class IntegerProgram(Program):
         if with_runtime:
             names = ["runtime.py"] + ["runtime_float.py"] * any(op.kind == "island" for op in self.ops)
             for name in names:
-                source = Path(runtime.__file__).with_name(name)
-                if not (path.parent / name).exists() or not os.path.samefile(source, path.parent / name):
-                    write_atomically(path.parent / name, source.read_bytes())
+                _copy_beside(Path(runtime.__file__).with_name(name), path.parent / name)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -83,6 +81,19 @@ class IntegerProgram(Program):
             raise ProgramError(f"{path}: {error}") from error
 
 
+def _copy_beside(source: Path, copy: Path) -> None:
+    """A runtime's file, over an older copy of it but over nothing else."""
+    ours, first = source.read_bytes(), source.read_bytes().splitlines()[0]
+    if copy.exists():
+        if os.path.samefile(source, copy):
+            return
+        if not copy.read_bytes().startswith(first):
+            raise ProgramError(
+                f"{copy}: there is another file of that name. Save the program into a folder of its own."
+            )
+    write_atomically(copy, ours)
+
+
 def digest(program: Program) -> str:
     """The sha256 of a program: of what its file says and of its constants, not of the file."""
     return runtime.digest(*_described(program))
@@ -91,6 +102,8 @@ def digest(program: Program) -> str:
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     """Write a file whole or not at all: an error leaves what was there, and nothing beside it."""
     path = Path(path)
+    if path.is_dir() or not path.parent.is_dir():
+        raise ProgramError(f"{path}: expected the path of a file, in a folder that exists.")
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -66,6 +65,11 @@ class Recording:
     output: Any = None
 
 
+# What takes a shape from a tensor and nothing else: the result is a constant.
+_ONLY_SHAPES = frozenset({
+    "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty",
+})  # fmt: skip
+
 Watch = Callable[[Ref, Tensor], None]
 
 
@@ -86,7 +90,7 @@ def record(module: nn.Module, inputs: Sequence[Any], watch: Watch | None = None)
         if isinstance(tensor, Tensor):
             recorder.keep(tensor, Ref(-1, known))
             known += 1
-    with recorder.watching(), recorder:
+    with recorder.watching(), torch.compiler.set_stance("force_eager"), recorder:
         result = module(*inputs)
     recorder.recording.output = recorder.refs(result)
     return recorder.recording
@@ -96,6 +100,7 @@ class _Recorder(TorchFunctionMode):
     def __init__(self, root: nn.Module, watch: Watch | None) -> None:
         super().__init__()
         self.watch, self.recording = watch, Recording()
+        self.modules = list(root.modules())
         self.paths = {id(module): path for path, module in root.named_modules()}
         self.leaves = {id(module) for module in root.modules() if _is_leaf(module)}
         self.owners: list[str] = []  # modules whose code runs, innermost last
@@ -136,7 +141,7 @@ class _Recorder(TorchFunctionMode):
         """Write down a call, unless no known tensor goes in or no tensor comes out."""
         given = [x for x in tree_flatten(operands)[0] if isinstance(x, Ref)]
         made = [x for x in tree_flatten(result)[0] if isinstance(x, Tensor)]
-        if not given or not made:
+        if not given or not made or getattr(target, "__name__", "") in _ONLY_SHAPES:
             return
         node = Node(len(self.recording.nodes), path, target, *operands)
         self.recording.nodes.append(node)
@@ -179,7 +184,7 @@ class _Recorder(TorchFunctionMode):
 
         def enter(module: nn.Module, args: Any) -> None:
             if id(module) in self.leaves:
-                entered.append(None if self.depth else self.refs(args))
+                entered.append(None if self.depth else (self.refs(args), [id(x) for x in tree_flatten(args)[0]]))
                 self.depth += 1
             elif not self.depth:
                 self.owners.append(self.paths.get(id(module), ""))
@@ -189,14 +194,19 @@ class _Recorder(TorchFunctionMode):
                 self.depth -= 1
                 before = entered.pop()
                 if before is not None:
-                    self.call(self.paths[id(module)], module, (before, self.refs(kwargs)), result)
+                    path, (given, ids) = self.paths[id(module)], before
+                    if ids != [id(x) for x in tree_flatten(args)[0]]:
+                        raise UnsupportedModelError(
+                            f"{path}: a forward_pre_hook changes what it is given, unseen by whoever records calls. Do "
+                            "that in the forward, or remove the hook."
+                        )
+                    self.call(path, module, (given, self.refs(kwargs)), result)
             elif not self.depth:
                 self.owners.pop()
 
-        hooks = (
-            register_module_forward_pre_hook(enter),
-            register_module_forward_hook(leave, with_kwargs=True),
-        )
+        watched = [module for module in self.modules if not isinstance(module, torch.jit.ScriptModule)]
+        hooks = [module.register_forward_pre_hook(enter, prepend=True) for module in watched]
+        hooks += [module.register_forward_hook(leave, prepend=True, with_kwargs=True) for module in watched]
         Carrier.plain = aliased  # type: ignore[assignment, method-assign]  # for as long as it is watched
         try:
             yield

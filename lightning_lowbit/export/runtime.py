@@ -181,6 +181,8 @@ def pixel_table(
     >>> pixel_table([0.5, 0.0], [0.25, 1.0], -5)[[0, 128, 255]].tolist()
     [[-64, 0], [0, 16], [64, 32]]
     """
+    if not (np.all(np.asarray(std) > 0) and np.all(np.isfinite(mean))):
+        raise ProgramError(f"pixels: got mean {mean} and std {std}, expected finite means and stds above 0.")
     p = np.arange(256, dtype=np.float32)[:, None] / np.float32(255)
     return quantize((p - np.float32(mean)) / np.float32(std), exponent, rounding, low, high)
 
@@ -471,7 +473,8 @@ def load(path: Any) -> Program:
         ends = (tuple(document["inputs"]), tuple(document["outputs"]))
         return Program(tuple(ops), values, *ends, document["structure"], document["note"])
     except Exception as error:  # whatever numpy, zipfile and json raise over what a file may hold
-        raise ProgramError(f"{path}: {error} A matching IntegerProgram.save(path) writes it anew.") from error
+        why = getattr(error, "strerror", None) or error
+        raise ProgramError(f"{path}: {why}. Write it anew with IntegerProgram.save(path).") from error
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -65,7 +65,7 @@ def _layer_norm(a: Mapping[str, Any], c: Mapping[str, Array], x: Array) -> Array
 
 
 def _grid_norm(a: Mapping[str, Any], c: Mapping[str, Array], x: Array) -> Array:
-    """gamma xhat + beta with xhat = (x - mean) / s, rounded to ``unit`` and clipped at ``limit`` where there are any."""
+    """gamma xhat + beta, xhat = (x - mean) / s rounded to ``unit`` and clipped at ``limit`` where there are any."""
     mean, s, gamma, beta = (_wide(_channels(c[name], x)) for name in ("mean", "s", "gamma", "beta"))
     xhat = (_wide(x) - mean) / s
     xhat = xhat if a["unit"] is None else np.rint(xhat / a["unit"]) * a["unit"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,13 +19,12 @@ if TYPE_CHECKING:
 
 __all__ = ["largest", "pooled"]
 
+Array = np.ndarray[Any, Any]
 _MAX_WINDOW = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 
 
 def pooled(build: ProgramBuilder, x: Held, kind: tuple[int, bool] | None, *args: Any, **settings: Any) -> Held:
-    """Sums of an average pool's windows; their counts stand beside them until somebody divides."""
-    from lightning_lowbit.export.builder import Held as Summed
-
+    """Sums of an average pool's windows; their counts stand beside them until somebody divides. Means of floats."""
     if kind is None:
         return _mean(build, x, *args, **settings)
     dims, adaptive = kind
@@ -34,8 +34,18 @@ def pooled(build: ProgramBuilder, x: Held, kind: tuple[int, bool] | None, *args:
     if isinstance(count, torch.Tensor):
         each = np.broadcast_to(count.to(torch.int64).numpy(), sums.shape[2:]).copy()
         number = int(each.reshape(-1)[0])
-        return Summed(sums.value, number if bool((each == number).all()) else each)
-    return Summed(sums.value, None if count == 1 else count)
+        return _counted(build, sums, number if bool((each == number).all()) else each)
+    return _counted(build, sums, count)
+
+
+def _counted(build: ProgramBuilder, sums: Held, count: int | Array) -> Held:
+    if isinstance(count, int) and count < 1:
+        raise refuse(build.path, f"it divides by {count}", "Divide by a positive number.")
+    if isinstance(count, int) and count == 1:
+        return sums
+    if sums.is_float:
+        return build.island("div", sums, constants={"other": torch.as_tensor(count)})
+    return replace(sums, count=count)
 
 
 def _require_batch(build: ProgramBuilder, x: Held, dims: int) -> None:
@@ -52,6 +62,11 @@ def _windows(build: ProgramBuilder, x: Held, dims: int, *args: Any, **settings: 
 
 
 def _sums(build: ProgramBuilder, x: Held, windows: Windows) -> Held:
+    shape = (*x.shape[:2], *windows.count)
+    if x.is_float:
+        settings = {"stride": list(windows.stride), "padding": _sides(windows), "dilation": list(windows.dilation)}
+        ones = {"weight": torch.ones((x.shape[1], 1, *windows.kernel))}
+        return build.island("conv", x, shape=shape, constants=ones, groups=x.shape[1], **settings)
     attributes = {"kernel": list(windows.kernel), "stride": list(windows.stride), "padding": _sides(windows)}
     n = math.prod(windows.kernel)
     fields: dict[str, Any] = {
@@ -60,7 +75,7 @@ def _sums(build: ProgramBuilder, x: Held, windows: Windows) -> Held:
         "exponent": x.exponent,
         "axis": x.value.axis,
     }
-    return build.emit("sum_pool", [x], (*x.shape[:2], *windows.count), attributes, **fields)
+    return build.emit("sum_pool", [x], shape, attributes, **fields)
 
 
 def _sides(windows: Windows) -> list[list[int]]:
@@ -91,20 +106,23 @@ def _parts(build: ProgramBuilder, x: Held, axis: int, m: int) -> list[Held]:
     return [build.move(x, lambda t, low=low, high=high: t.narrow(axis, low, high - low)) for low, high in bounds]  # type: ignore[misc]  # defaults bind
 
 
-def _mean(build: ProgramBuilder, x: Held, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Held:
-    from lightning_lowbit.export.builder import Held as Summed
-
-    rank = len(x.shape)
+def _mean(
+    build: ProgramBuilder, x: Held, dim: Any = None, keepdim: bool = False, dtype: Any = None, axis: Any = None
+) -> Held:
+    rank, dim = len(x.shape), dim if axis is None else axis
     axes = list(range(rank)) if dim is None else [dim] if isinstance(dim, int) else list(dim)
     axes = sorted(axis % rank for axis in axes)
     if any(x.shape[axis] < 0 for axis in axes):
         raise refuse(build.path, "it takes a mean over the batch", "Samples of a batch are computed one by one.")
-    return Summed(_sum(build, x, axes, keepdim).value, math.prod(x.shape[axis] for axis in axes))
+    return _counted(build, _sum(build, x, axes, keepdim), math.prod(x.shape[axis] for axis in axes))
 
 
 def _sum(build: ProgramBuilder, x: Held, axes: Sequence[int], keepdims: bool) -> Held:
     n = math.prod(x.shape[axis] for axis in axes)
     shape = [1 if axis in axes else size for axis, size in enumerate(x.shape) if keepdims or axis not in axes]
+    if x.is_float:
+        mean = build.island("mean", x, shape=shape, axes=list(axes), keepdims=keepdims)
+        return build.island("mul", mean, constants={"other": torch.tensor(float(n))})
     fields: dict[str, Any] = {"low": n * min(x.low, 0), "high": n * max(x.high, 0), "exponent": x.exponent}
     return build.emit("sum", [x], shape, {"axes": list(axes), "keepdims": keepdims}, **fields)
 
@@ -134,8 +152,9 @@ def _maxima(build: ProgramBuilder, x: Held, windows: Windows) -> Held:
     shape = (*x.shape[:2], *windows.count)
     if x.is_float:
         return build.emit("max_pool", [x], shape, attributes, dtype="float32")
-    fields: dict[str, Any] = {"low": x.low, "high": x.high, "exponent": build.whole(x).exponent, "axis": x.value.axis}
-    return build.emit("max_pool", [x], shape, attributes, **fields)
+    x = build.whole(x) if isinstance(x.count, np.ndarray) else x  # of equal windows' sums the largest stays that
+    fields: dict[str, Any] = {"low": x.low, "high": x.high, "exponent": x.exponent, "axis": x.value.axis}
+    return replace(build.emit("max_pool", [x], shape, attributes, **fields), count=x.count, precision=x.precision)
 
 
 def _adaptive_largest(build: ProgramBuilder, x: Held, dims: int, output_size: Any) -> Held:

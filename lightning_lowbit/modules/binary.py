@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from lightning_lowbit.errors import ConfigError, InvariantError
 from lightning_lowbit.modules.base import Scheme, Site
 from lightning_lowbit.modules.integer_rounding import random_bits
+from lightning_lowbit.modules.lowering import Builder
 from lightning_lowbit.modules.quantizer import Quantizer
 from lightning_lowbit.numerics.binary import binarize, binary_sign, channel_mean, leaky, scaled_sign
 from lightning_lowbit.numerics.grid import Grid
@@ -87,13 +89,19 @@ class SignInput(_Binary):
         """x + b_c, what the sign is taken of."""
         return x if self.shift is None else x + along(self.shift, x, self.site)
 
+    def lower(self, build: Builder, x: Any) -> Any:
+        """The sign of evaluation in a program, +-1."""
+        if self.shift is not None:
+            x = build.island("add", x, constants={"other": self.shift.reshape(shape_along(x.shape, self.site))})
+        return build.sign(x)
+
     def observe(self, x: Tensor) -> None:
         if self.site.first:
             below = (x < 0).any().float()
             known = self.__dict__["below"]
             self.__dict__["below"] = below if known is None else torch.maximum(below, known)
         if self.shift is not None and self.centered:
-            x = x.movedim(-1 - behind(x, self.site), -1)
+            x = x.movedim(-1 - behind(x.dim(), self.site), -1)
             flat = x.reshape(-1, x.shape[-1]).double()
             self.__dict__["seen"].append(torch.cat([flat.sum(0), flat.new_tensor([len(flat)])]))
 
@@ -230,6 +238,18 @@ class Rectifier(Quantizer):
         x = leaky(x, along(self.slope, x, self.site))
         return x if self.after is None else x + along(self.after, x, self.site)
 
+    def lower(self, build: Builder, x: Any) -> Any:
+        """The same float functions in a program."""
+        if self.slope is None:
+            return build.island("clamp", x, low=-1.0, high=1.0)
+        shape = shape_along(x.shape, self.site)
+        if self.before is not None:
+            x = build.island("add", x, constants={"other": -self.before.reshape(shape)})
+        axis = len(x.shape) - len(shape)
+        x = build.move(x, lambda t: t.transpose(1, axis))  # where the slopes of a program's PReLU stand
+        x = build.move(build.island("prelu", x, constants={"slope": self.slope}), lambda t: t.transpose(1, axis))
+        return x if self.after is None else build.island("add", x, constants={"other": self.after.reshape(shape)})
+
     def forward(self, x: Tensor, rectify: bool = False) -> Tensor:
         return self.quantize(x) if self.switch.quantizing else F.relu(x)
 
@@ -248,9 +268,14 @@ class Rectifier(Quantizer):
 
 def along(parameter: Tensor, x: Tensor, site: Site) -> Tensor:
     """A parameter per channel in the shape that broadcasts against x."""
-    return parameter.reshape(-1, *([1] * behind(x, site)))
+    return parameter.reshape(shape_along(x.shape, site))
 
 
-def behind(x: Tensor, site: Site) -> int:
-    """How many axes of x lie behind that of its channels."""
-    return max(x.dim() - 2, 0) if site.behind is None else site.behind
+def shape_along(shape: Sequence[int], site: Site) -> tuple[int, ...]:
+    """Of a parameter per channel that broadcasts against a tensor of that shape."""
+    return (-1, *([1] * behind(len(shape), site)))
+
+
+def behind(axes: int, site: Site) -> int:
+    """How many axes of a tensor lie behind that of its channels."""
+    return max(axes - 2, 0) if site.behind is None else site.behind

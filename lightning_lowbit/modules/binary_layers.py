@@ -87,9 +87,9 @@ def _renewed(norm: Any, x: Tensor) -> Tensor:
 def integer_end(layer: Any, x: Tensor) -> Tensor:
     """A first or last layer in 8 bits: trained on grid values, evaluated as integers whatever the sums' length."""
     source, weight = layer.lowbit_input, layer.lowbit_weight
-    whole = source is not None and source.ready and weight.ready and unsupported(layer) is None
-    result: Tensor = layer.quantized(x) if layer.training or not whole else _integer_end(layer, x)
-    return result
+    if layer.training or source is None or not (source.ready and weight.ready):
+        return layer.quantized(x)  # type: ignore[no-any-return]  # layers have it
+    return _integer_end(layer, x) if unsupported(layer) is None else _float64_end(layer, x)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # the kernels choose among libraries
@@ -102,6 +102,14 @@ def _integer_end(layer: Any, x: Tensor) -> Tensor:
     codes = (on(source, x) / pow2(source.exponent())).to(torch.int8)
     w = (values / pow2(weight.exponent())).to(torch.int8)
     return end_result(codes, w, bias, unit, product_settings(layer))
+
+
+def _float64_end(layer: Any, x: Tensor) -> Tensor:
+    """The same where there is no integer product."""
+    weight, bias = on(layer.lowbit_weight, layer.weight), layer.bias
+    inside = None if bias is None or layer.lowbit_bias is None else layer.lowbit_bias(bias).double()
+    y: Tensor = layer.op(on(layer.lowbit_input, x).double(), weight.double(), inside).to(weight.dtype)
+    return y if inside is not None else finished(y, None, bias, 1 - layer.weight.dim())
 
 
 def end_result(codes: Tensor, w: Tensor, bias: Tensor | None, unit: Tensor, settings: dict[str, Any]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lowbit.modules.base import Mode, Site
+from lightning_lowbit.modules.lowering import Snap, refuse
 from lightning_lowbit.modules.quantizer import Quantizer, in_backward
 from lightning_lowbit.numerics.clipping import Limits, clip_quantize, clip_saturated, limits_of
 from lightning_lowbit.numerics.exponent import ceil_log2, clamp_exponent
@@ -126,6 +127,11 @@ class ClipQuantizer(Quantizer):
             return Grid(self.bits, int(self.exponent()), zero_point=zero, signed=signed)
         return Grid(self.bits, scale=1 / float(limits.scale), zero_point=zero, signed=signed)
 
+    def as_snap(self) -> Snap:
+        if not self.form.power2:
+            raise refuse(self.site.key, "its step is no power of two", "Convert with Jacinto(power2=True).")
+        return replace(super().as_snap(), rounding=self.form.rounding)
+
     # -- forward ------------------------------------------------------------------------------------------
     def forward(
         self, x: Tensor, rectify: bool = False, value: Tensor | None = None, seen: Tensor | None = None,
@@ -154,7 +160,8 @@ class ClipQuantizer(Quantizer):
         if self.switch.tally is not None:
             shown = x if value is None else value
             self.switch.tally.count(self, F.relu(shown) if rectify else shown)
-        return clip_quantize(x, limits, self.form.rounding, value)
+        y = clip_quantize(x, limits, self.form.rounding, value)
+        return y if self.like is None or y.dtype != torch.float64 else y.to(self.like.weight.dtype)
 
     def _rectified(self, x: Tensor, rectify: bool) -> Tensor:
         """A lower limit of 0 is the rectifier, unless there are negative codes (a tie may have them)."""

@@ -258,9 +258,10 @@ def _new_op(kind: Kind, target: Any) -> LowBitOp:
 
 
 def _sums(
-    x: Tensor, dim: Any = None, keepdim: bool = False, dtype: torch.dtype | None = None
+    x: Tensor, dim: Any = None, keepdim: bool = False, dtype: torch.dtype | None = None, axis: Any = None
 ) -> tuple[Tensor, int | Tensor]:
     """What torch.mean divides, and by what."""
+    dim = dim if axis is None else axis
     axes = list(range(x.dim())) if dim is None else [dim] if isinstance(dim, int) else list(dim)
     return x.sum(dim=axes, keepdim=keepdim, dtype=dtype), math.prod([x.shape[axis] for axis in axes])
 

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from lightning_lowbit.graph.network import Flow
 from lightning_lowbit.graph.plan import Plan
 from lightning_lowbit.graph.units import others_read
+from lightning_lowbit.modules.elementwise import LowBitAvgPool
 from lightning_lowbit.modules.layers import LowBitLayer
 from lightning_lowbit.modules.quantizer import Quantizer
 from lightning_lowbit.numerics.exponent import pow2
-from lightning_lowbit.numerics.guards import FLOAT32_EXACT, float_sums_exact
+from lightning_lowbit.numerics.guards import FLOAT32_EXACT, float_sums_exact, quotients_exact
 
-__all__ = ["exact_product", "narrow_for_others"]
+__all__ = ["exact_mean", "exact_product", "narrow_for_others"]
 
 
 def exact_product(layer: LowBitLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -33,6 +34,24 @@ def exact_product(layer: LowBitLayer, x: Tensor, weight: Tensor, bias: Tensor | 
         return layer.op(x, weight, bias)
     y = layer.op(x.double(), weight.double(), None if bias is None else bias.double())
     return y.to(weight.dtype) if layer.__dict__.get("narrow") else y
+
+
+def exact_mean(op: LowBitAvgPool, x: Tensor, *args: Any, **settings: Any) -> Tensor:
+    """The mean of windows, in evaluation such that its quantizer rounds the exact quotient (numerics.guards).
+
+    float64 where float32 may not hold the sums, or a quotient near enough to a tie.
+    """
+    if op.training or not op.switch.quantizing or x.dtype == torch.float64 or torch.compiler.is_compiling():
+        return op.op(x, *args, **settings)
+    sums, count = op.sums(x, *args, **settings)
+    source, target = op.operand_grids[0] if op.operand_grids else None, op.lowbit_output
+    if source is None or target is None or not (source.ready and target.ready):
+        return sums / count
+    codes, out = source.grid(), target.grid()
+    n, apart = int(torch.as_tensor(count).max()), int(target.exponent()) - int(source.exponent())
+    if n * max(-codes.qmin, codes.qmax) < FLOAT32_EXACT and quotients_exact(n, apart, out.bits, 24):
+        return sums / count
+    return op.op(x.double(), *args, **settings)
 
 
 def narrow_for_others(root: nn.Module, flow: Flow, plan: Plan) -> None:

@@ -16,7 +16,7 @@ from lightning_lowbit.modules.quantizer import Quantizer, in_backward
 from lightning_lowbit.modules.stored import StoredWeight
 from lightning_lowbit.modules.widths import require_grid
 from lightning_lowbit.numerics.grid import Grid
-from lightning_lowbit.numerics.normalize import NormFormat, batch_norm, running_update
+from lightning_lowbit.numerics.normalize import NormFormat, batch_norm, odd_float32, running_update
 from lightning_lowbit.numerics.normalize_format import OFF
 from lightning_lowbit.numerics.widths import Format, choose_format
 
@@ -136,7 +136,8 @@ def fixed_norm(norm: Any, x: Tensor) -> Tensor:
     widths = (format.mean, format.deviation, format.xhat, format.gamma, format.beta)
     if grids.check and y.dtype is torch.float32 and max(widths) < OFF:
         require_grid(norm.path, y, format.fraction)
-    return y
+    wide = y.dtype is torch.float64 and grids.like is not None and grids.like.weight.dtype is not torch.float64
+    return odd_float32(y) if wide else y
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from lightning_lowbit.numerics.exponent import pow2
 from lightning_lowbit.numerics.guards import FLOAT32_EXACT, float_sums_exact
 from lightning_lowbit.numerics.rectifier import rectify
 
-__all__ = ["average", "classifier", "classify", "multiply", "operate", "rescaling"]
+__all__ = ["average", "classifier", "classify", "multiply", "operate", "proved", "rescaling"]
 
 
 def multiply(layer: LowBitLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -28,7 +28,7 @@ def multiply(layer: LowBitLayer, x: Tensor, weight: Tensor, bias: Tensor | None)
     """
     if layer.training or not layer.switch.quantizing or x.dtype == torch.float64:
         return layer.op(x, weight, bias)
-    if _exact(layer, weight, bias):
+    if proved(layer, weight, bias):
         y = layer.op(x, weight, bias)
         y = y.double() if layer.__dict__.get("overwritten") else y
     else:
@@ -42,7 +42,7 @@ def _for_readers(module: LowBitLayer | LowBitOp, y: Tensor) -> Tensor:
     return y if like is None else y.to(like.weight.dtype)
 
 
-def _exact(layer: LowBitLayer, weight: Tensor, bias: Tensor | None) -> bool:
+def proved(layer: LowBitLayer, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether float32 holds every partial sum (numerics.guards), by the weights as they are."""
     source = layer.lowbit_input
     if not isinstance(source, FraclenInput) or source.exponent().dim() or layer.lowbit_weight is None:

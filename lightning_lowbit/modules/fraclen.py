@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lowbit.modules.base import Site
+from lightning_lowbit.modules.lowering import Snap, refuse
 from lightning_lowbit.modules.observed import ObservedQuantizer
 from lightning_lowbit.modules.quantizer import Quantizer
 from lightning_lowbit.numerics.exponent import pow2
@@ -161,6 +162,20 @@ class FraclenInput(ObservedQuantizer):
 
     def grid(self) -> Grid:
         return grid_of(self.exponent(), self.form.bits, self.signed, axis=1)
+
+    def as_snap(self) -> Snap:
+        if self.form.per_channel:
+            raise refuse(
+                self.site.key, "it has a fractional length per channel", "Train with F8Net(per_channel=False)."
+            )
+        if not self.form.rounding and self.fixed is None:
+            raise refuse(self.site.key, "it clips and does not round", "Convert with F8Net(floating=False).")
+        return super().as_snap()  # of pixels that are not rounded too: they are codes already
+
+    def moved(self) -> int:
+        """By how much its codes' fraclen exceeds the one that they are rounded to (``ties="realign"``)."""
+        realigned = self.form.ties == "realign" and self.alpha is not None and self.counted is not self.leader
+        return int(self.rounded()) - int(self.leader.rounded()) if realigned else 0
 
     # -- forward ------------------------------------------------------------------------------------------
     def forward(self, x: Tensor, rectify: bool = False) -> Tensor:

@@ -136,9 +136,7 @@ class _Cat(torch.autograd.Function):
         return None, None, *(Carrier(part, exponent, ctx.op) for part in parts)
 
 
-def lower_cat(
-    build: Builder, op: LowBitCat, tensors: Sequence[Codes], dim: int = 0, axis: int | None = None
-) -> Codes:
+def lower_cat(build: Builder, op: LowBitCat, tensors: Sequence[Codes], dim: int = 0, axis: int | None = None) -> Codes:
     """``integer_cat`` of evaluation; floats, and sums that nobody followed, stay what they are."""
     parts = lower_operands(build, op, tensors)
     if all(x.word == 8 for x in parts):

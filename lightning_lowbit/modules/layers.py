@@ -109,15 +109,19 @@ class LowBitLayer(LowBitModule):
         x = build.snap(x, self.lowbit_input)
         weight, bias = self.in_evaluation()
         weight = on(self.lowbit_weight, weight)
-        if x.is_float or self.lowbit_weight is None or (bias is not None and self.lowbit_bias is None):
+        open_weight = self.lowbit_weight is None or not self.lowbit_weight.ready  # zeros only, left as they are
+        in_floats = bias is not None and self.lowbit_bias is None
+        apart = self.lowbit_accumulator is not None or self._finer_bias()
+        if x.is_float or self.lowbit_weight is None or open_weight or (in_floats and not apart):
             y = build.island("layer", x, layer=self, weight=weight, bias=bias)
         else:
             bias = bias if bias is None else on(self.lowbit_bias, bias)
-            apart = self.lowbit_accumulator is not None or self._finer_bias()
             y = build.product(self, x, weight, self.lowbit_weight.exponent(), None if apart else bias)
             y = build.snap(y, self.lowbit_accumulator)
             if apart and bias is not None and self.lowbit_bias is not None:
                 y = build.constant(y, bias, self.lowbit_bias.exponent(), self.channel_axis)
+            elif apart and bias is not None:
+                y = build.island("add", y, constants={"other": self._along_channels(bias)})
         return build.snap(y, self.lowbit_output)
 
     def _finer_bias(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -89,8 +89,20 @@ class Builder(Protocol):
     def move(self, x: Codes, function: Callable[[Tensor], Tensor]) -> Codes:
         """Elements moved, dropped or repeated, or zeros between them, as ``function`` does with any tensor."""
 
-    def threshold(self, x: Codes, low: Tensor, flip: Tensor) -> Codes:
-        """+1 where (code >= low) != flip, else -1; one number each along the channels (axis 1)."""
+    def threshold(self, x: Codes, low: Tensor, flip: Tensor, axis: int = 1) -> Codes:
+        """+1 where (code >= low) != flip, else -1; one number each along the channels."""
+
+    def sign(self, x: Codes) -> Codes:
+        """-1 where a value is negative, else +1: of floats too, and as a threshold where they come from integers."""
+
+    def border(self, x: Codes, sides: Sequence[Sequence[int]], value: int) -> Codes:
+        """That code around images [N, C, ...], (before, after) an axis."""
+
+    def in_float32(self, x: Codes, how: Literal["nearest", "odd"], instead: str) -> Codes:
+        """x, which evaluation carries in float32: where that does not hold its codes they are rounded so.
+
+        What then has another result than the integers is refused; ``instead`` is the way around.
+        """
 
     def normalize(self, x: Codes, attributes: Mapping[str, Any], constants: Mapping[str, Tensor], bits: int) -> Codes:
         """A batch norm with integer constants (numerics.normalize.normalize), its result on 2^-bits."""

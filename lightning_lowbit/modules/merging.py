@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from lightning_lowbit.modules.clipped import ClipQuantizer
 from lightning_lowbit.modules.merged import take_apart
+from lightning_lowbit.modules.merging_sums import narrowed, product
 from lightning_lowbit.modules.quantizer import in_backward, on
 from lightning_lowbit.numerics.through import pass_through
 
-__all__ = ["Backward", "Group", "merged_layer"]
+__all__ = ["Backward", "Group", "merged_layer", "quantized"]
 
 Backward = Literal["float", "quantized", "folded"]
 
@@ -80,20 +81,20 @@ def merged_layer(layer: Any, x: Tensor, backward: Backward, batch_value: bool = 
     traced = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in _parameters(layer)))
     watching = group.end is not None and group.end.follows
     if not (traced or watching or _live(layer)):
-        return group.close(_sums(layer, x))
+        return narrowed(layer, group.close(_sums(layer, x)))
     if backward == "float":
         nrm = _float_path(layer, x, layer.weight)
-        return group.close(nrm, _sums(layer, x))
+        return narrowed(layer, group.close(nrm, _sums(layer, x)))
     seen = None
     if _live(layer) or watching:
         with torch.no_grad():
             seen = _float_path(layer, x.detach(), layer.weight)
     if backward == "folded":
         with _exact(x):
-            weight, bias = _quantized(layer)
-            return group.close(layer.op(x.to(weight.dtype), weight, bias), None, seen)
+            weight, bias, scale = quantized(layer)
+            return narrowed(layer, group.close(product(layer, x.to(weight.dtype), weight, bias, scale), None, seen))
     sums = _sums(layer, x)
-    return group.close(_float_path(layer, x, _apart(layer), moves=False), sums, seen)
+    return narrowed(layer, group.close(_float_path(layer, x, _apart(layer), moves=False), sums, seen))
 
 
 def _exact(x: Tensor) -> Any:
@@ -136,8 +137,8 @@ def _spare_statistics(norm: nn.Module) -> Iterator[None]:
         norm._buffers = kept
 
 
-def _quantized(layer: Any) -> tuple[Tensor, Tensor | None]:
-    """Wq and bq; where gradients are recorded they pass through the rounding."""
+def quantized(layer: Any) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Wq and bq, whose gradients pass through the rounding where they are recorded, and the codes per unit of Wq."""
     weight, bias = layer.by_moving_statistics(layer.weight)
     with torch.no_grad():
         scale = layer.lowbit_weight.scale(weight, bias)
@@ -145,18 +146,18 @@ def _quantized(layer: Any) -> tuple[Tensor, Tensor | None]:
     layer.lowbit_weight.snap(weight.detach())
     if bias is not None and layer.lowbit_bias is not None:
         bias = layer.lowbit_bias(bias, scale=scale)
-    return weight, bias
+    return weight, bias, scale
 
 
 @torch.no_grad()
 def _sums(layer: Any, x: Tensor) -> Tensor:
-    """conv(x, Wq) + bq, in float32 whatever autocast says: products of codes need all its bits."""
-    weight, bias = _quantized(layer)
+    """conv(x, Wq) + bq, at least in float32 whatever autocast says: products of codes need all its bits."""
+    weight, bias, scale = quantized(layer)
     with _exact(x):
-        sums: Tensor = layer.op(x.detach().to(weight.dtype), weight, bias)
+        sums = product(layer, x.detach().to(weight.dtype), weight, bias, scale)
     tap = layer.group.tap
     if tap is not None:
-        tap(sums)
+        tap(sums.to(weight.dtype))
     return sums
 
 

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_lowbit.errors import listed
 from lightning_lowbit.graph.ops import Kind
+from lightning_lowbit.graph.units import others_read
 from lightning_lowbit.modules.clipped import ClipQuantizer
 from lightning_lowbit.modules.elementwise import LowBitReLU
 from lightning_lowbit.modules.layers import LowBitLayer
@@ -53,6 +54,7 @@ def group_layers(root: nn.Module, flow: Flow, plan: Plan) -> list[str]:
             floats.append(planned.path)
             if isinstance(layer.lowbit_bias, MergedBias) and layer.lowbit_bias.rule == "int32":
                 layer.lowbit_bias = None  # there is no grid of products
+    _narrow(root, flow, plan, places)
     notes = _count_calls(root, flow, places)
     merged = {planned.batch_norm for planned in plan.layers}
     norms = [m for path, m in root.named_modules() if isinstance(m, _BatchNorm) and path not in merged]
@@ -61,6 +63,19 @@ def group_layers(root: nn.Module, flow: Flow, plan: Plan) -> list[str]:
     if floats:
         notes.append(f"no quantizer on what {listed(floats)} read{'s' * (len(floats) == 1)}")
     return notes
+
+
+def _narrow(root: nn.Module, flow: Flow, plan: Plan, places: dict[tuple[str, CallKey], str]) -> None:
+    """Mark what ends float64 sums: quantizers, and modules whose results are read by what knows one dtype alone."""
+    layers = {planned.path for planned in plan.layers}
+    like = root.get_submodule(plan.layers[0].path) if plan.layers else None
+    for module in root.modules():
+        if isinstance(module, ClipQuantizer):
+            module.__dict__["like"] = like
+    for call in flow.calls:
+        path = places.get((call.owner, call.key), call.path if call.path in layers else None)
+        if path is not None and others_read(call, flow, plan):
+            root.get_submodule(path).__dict__["narrow"] = like
 
 
 def _count_calls(root: nn.Module, flow: Flow, places: dict[tuple[str, CallKey], str]) -> list[str]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_lowbit import kernels
+from lightning_lowbit.graph.network import Flow
+from lightning_lowbit.graph.ops import Kind
+from lightning_lowbit.graph.plan import Plan
 from lightning_lowbit.modules.error_gate import ErrorQuantizer
+from lightning_lowbit.modules.fixed_norm import NormGrids
 from lightning_lowbit.modules.integer_layers import PRODUCTS, channel_sums, spatial
 from lightning_lowbit.modules.layers import LowBitLayer
 from lightning_lowbit.modules.planes import Operand, Plane, together
@@ -18,9 +23,10 @@ from lightning_lowbit.modules.quantizer import on
 from lightning_lowbit.modules.stored import StoredBias, StoredWeight
 from lightning_lowbit.modules.widths import WidthQuantizer, require_grid
 from lightning_lowbit.numerics.dtypes import compute_dtype
+from lightning_lowbit.numerics.guards import FLOAT32_EXACT
 from lightning_lowbit.numerics.through import require_first_order
 
-__all__ = ["multiplies_integers", "plane_layer"]
+__all__ = ["connect_sums", "float32_holds", "multiplies_integers", "passes_wide", "plane_layer"]
 
 
 def multiplies_integers(layer: LowBitLayer) -> bool:
@@ -45,22 +51,63 @@ def plane_layer(layer: LowBitLayer, x: Tensor) -> Tensor:
     bias = None if layer.bias is None else on(layer.lowbit_bias, layer.bias)
     errors = layer.lowbit_error
     rounded = isinstance(errors, ErrorQuantizer) and errors.gate.on
+    wide = not torch.is_grad_enabled() and not layer.training and not float32_holds(layer)
     if multiplies_integers(layer) and (rounded or not torch.is_grad_enabled()):
         if layer.switch.tally is not None and layer.lowbit_weight is not None:
             layer.switch.tally.count(layer.lowbit_weight, layer.weight)
-        y: Tensor = _Product.apply(x, layer.weight, bias, layer)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        y: Tensor = _Product.apply(x, layer.weight, bias, layer, wide)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    elif wide:
+        weight = on(layer.lowbit_weight, layer.weight).double()
+        y = layer.op(x.double(), weight, None if bias is None else bias.double())
     else:
         y = layer.op(x, on(layer.lowbit_weight, layer.weight), bias)
         if rounded and errors is not None and y.requires_grad:
             y.register_hook(errors.quantize)  # type: ignore[no-untyped-call]  # torch does not type it
-    return on(layer.lowbit_output, on(layer.lowbit_accumulator, y))
+    result = on(layer.lowbit_output, on(layer.lowbit_accumulator, y))
+    return result.to(compute_dtype(x)) if wide and not passes_wide(layer) else result
+
+
+def float32_holds(layer: LowBitLayer) -> bool:
+    """Whether float32 holds the layer's sums, by the widths of what it multiplies."""
+    source, weight = layer.input_grid, layer.lowbit_weight
+    if not isinstance(source, WidthQuantizer) or not isinstance(weight, StoredWeight):
+        return True  # they are no integers
+    terms = math.prod(layer.weight.shape) // layer.weight.shape[layer.out_axis]
+    return layer.bias is None and terms * source.format.limits[1] * weight.most <= FLOAT32_EXACT
+
+
+def passes_wide(layer: LowBitLayer) -> bool:
+    """Whether its sums reach those who read them in float64."""
+    rounded = layer.lowbit_output is not None or layer.lowbit_accumulator is not None
+    readers = layer.__dict__.get("rounded_by", ())
+    return bool(readers) and not rounded and all(reader.on for reader in readers if isinstance(reader, NormGrids))
+
+
+def connect_sums(root: nn.Module, flow: Flow, plan: Plan) -> None:
+    """Tell layers what rounds their sums, where only batch norms on integers and rectifiers read them.
+
+    These take float64 and give float32.
+    """
+    ops = {(op.owner, op.key): op.path for op in plan.ops if op.kind is Kind.RELU}
+    slots = dict.fromkeys(plan.islands, "lowbit_accumulator") | dict.fromkeys(ops.values(), "lowbit_output")
+    for path in {layer.path for layer in plan.layers}:
+        layer: Any = root.get_submodule(path)
+        calls = [call for call in flow.calls if call.path == path]
+        places = [ops.get((reader.owner, reader.key), reader.path) for call in calls for reader in call.readers]
+        found = [getattr(root.get_submodule(place), slots[place], None) for place in places if place in slots]
+        known = [quantizer for quantizer in found if isinstance(quantizer, (NormGrids, WidthQuantizer))]
+        if len(known) < len(places) or any(call in flow.exits or call.alone for call in calls):
+            continue
+        layer.__dict__["rounded_by"] = known
+        for quantizer in known:
+            quantizer.__dict__["like"] = layer
 
 
 class _Product(torch.autograd.Function):
     """``weight`` and ``x`` are multiplied as their quantizers' codes; their gradients pass those straight through."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: Any, wide: bool) -> Tensor:
         a, w = layer.input_grid.operand(x), layer.lowbit_weight.operand(weight)
         products = PRODUCTS[type(layer)]
         with _backend(layer):
@@ -69,7 +116,7 @@ class _Product(torch.autograd.Function):
                 for p in a.planes
                 for q in w.planes
             ]
-        y = together(sums, a.exponent + w.exponent, compute_dtype(x))
+        y = together(sums, a.exponent + w.exponent, torch.float64 if wide else compute_dtype(x))
         if bias is not None:
             y += bias.reshape(-1, *([1] * spatial(layer)))
         if layer.scheme.check:
@@ -103,7 +150,7 @@ class _Product(torch.autograd.Function):
             if ctx.needs_input_grad[2]:
                 sums = [(channel_sums(e.codes, spatial(layer)), e.shift) for e in err.planes]
                 of_bias = together(sums, err.exponent, ctx.dtype)
-        return of_x, of_weight, of_bias, None
+        return of_x, of_weight, of_bias, None, None
 
 
 def _for_weight(layer: Any, codes: Tensor, err: Operand) -> list[tuple[Tensor, int]]:

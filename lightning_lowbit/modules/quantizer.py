@@ -65,7 +65,10 @@ class Quantizer(nn.Module):
     def as_snap(self) -> Snap:
         """What it does in evaluation, for an integer program; UnsupportedModelError where that has none."""
         if not self.ready:
-            raise refuse(self.site.key, "it was not calibrated", "Calibrate or train the network first.")
+            raise refuse(
+                self.site.key, "it has no grid, for it saw no calibration or nothing but zeros in it",
+                "Calibrate or train the network, or skip the layer.",
+            )  # fmt: skip
         grid = self.grid()
         if not isinstance(grid.exponent, int):
             raise refuse(

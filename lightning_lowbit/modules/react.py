@@ -5,12 +5,15 @@ In the float network they are ordinary differentiable modules, and their paramet
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.graph.ops import Kind
+from lightning_lowbit.modules.lowering import Builder
 
 __all__ = ["BiRealBlock", "RPReLU", "RSign"]
 
@@ -33,6 +36,10 @@ class RSign(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return _add(x, self.shift)
+
+    def lower(self, build: Builder, x: Any) -> Any:
+        """The same in a program."""
+        return _added(build, x, self.shift)
 
     def extra_repr(self) -> str:
         return str(len(self.shift))
@@ -58,6 +65,11 @@ class RPReLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return _add(F.prelu(_add(x, -self.shift), self.slope), self.offset)
+
+    def lower(self, build: Builder, x: Any) -> Any:
+        """The same in a program."""
+        x = build.island("prelu", _added(build, x, -self.shift), constants={"slope": self.slope})
+        return _added(build, x, self.offset)
 
     def extra_repr(self) -> str:
         return str(len(self.shift))
@@ -100,3 +112,8 @@ class BiRealBlock(nn.Module):
 def _add(x: Tensor, per_channel: Tensor) -> Tensor:
     """Add along axis 1, whatever the rank: a forward that asks for it could not be followed by torch.fx."""
     return (x.transpose(1, -1) + per_channel).transpose(1, -1)
+
+
+def _added(build: Builder, x: Any, per_channel: Tensor) -> Any:
+    other = per_channel.reshape(-1, *[1] * (len(x.shape) - 2))
+    return build.island("add", x, constants={"other": other})

@@ -18,7 +18,7 @@ __all__ = ["revert"]
 _FLOAT = {low: plain for plain, low in (*LAYERS.items(), *NORMS.items())}
 _STATE = (
     "group", "norm", "input_grid", "path", "scheme", "switch", "pattern", "norm_frozen", "requested",
-    "ungraded", "gathered", "island", "since", "narrow",
+    "ungraded", "gathered", "island", "since", "narrow", "rounded_by",
 )  # fmt: skip
 
 

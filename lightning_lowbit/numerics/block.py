@@ -12,12 +12,12 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_SHIFT", "NARROW_ROOM", "ShiftRounding", "align", "align_all", "bit_width", "shift_round"]
+__all__ = ["MAX_SHIFT", "NARROW_ROOM", "WIDE_ROOM", "ShiftRounding", "align", "align_all", "bit_width", "shift_round"]
 
 MAX_SHIFT = 62
 """A larger shift gives 0."""
 NARROW_ROOM = 22  # 2^7 << 22 = 2^29: four such terms add up within int32
-_WIDE_ROOM = 30  # 2^31 << 30 = 2^61: two such terms add up within int64
+WIDE_ROOM = 30  # 2^31 << 30 = 2^61: two such terms add up within int64
 
 
 class ShiftRounding(StrEnum):
@@ -155,7 +155,7 @@ def align_all(payloads: Sequence[Tensor], exponents: Sequence[int | Tensor]) -> 
         the payloads, int32 or int64, and their exponent, int32 0-dim.
     """
     narrow = all(payload.dtype == torch.int8 for payload in payloads)
-    word, room = (torch.int32, NARROW_ROOM) if narrow else (torch.int64, _WIDE_ROOM)
+    word, room = (torch.int32, NARROW_ROOM) if narrow else (torch.int64, WIDE_ROOM)
     device = payloads[0].device
     each = torch.stack([torch.as_tensor(exponent, device=device).to(torch.int64) for exponent in exponents])
     common = torch.maximum(each.amin(), each.amax() - room)

@@ -7,7 +7,7 @@ rounding is straight-through and only the clip itself stops a gradient. Nothing 
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -97,7 +97,8 @@ def limits_of(clips: Tensor, signed: bool | None, bits: int, power2: bool = True
         low, high = clips.tolist()
         if math.isfinite(low) and math.isfinite(high):
             host = _power_of_two_limits(low, high, signed, bits)
-            c = clips.new_tensor(astuple(host)).unbind()
+            numbers = host.low, host.high, host.scale, host.qmin, host.qmax, host.zero_point
+            c = clips.new_tensor(numbers).unbind()
             return Limits(c[0], c[1], c[2], c[3], c[4], c[5], host)
     if torch.compiler.is_compiling():  # one call in the graph, for what is read by every element
         packed = torch.ops.lightning_lowbit.clip_limits(clips, signed, bits, power2, symmetric)

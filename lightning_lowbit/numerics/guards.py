@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["FLOAT32_EXACT", "accumulator_bound", "float_sums_exact"]
+__all__ = ["FLOAT32_EXACT", "FLOAT64_EXACT", "accumulator_bound", "float_sums_exact", "quotients_exact"]
 
 FLOAT32_EXACT = 2**24
 """float32 represents every integer up to this magnitude."""
+FLOAT64_EXACT = 2**53
+"""float64 does up to this one."""
 
 
 def accumulator_bound(
@@ -67,3 +71,22 @@ def float_sums_exact(
         weight_int = weight_int.reshape(groups, -1, *weight_int.shape[1:]).transpose(1, 2).flatten(0, 1)
         out_axis = 0
     return accumulator_bound(weight_int, x_max, bias_int, out_axis) < FLOAT32_EXACT
+
+
+def quotients_exact(count: Any, shift: int, bits: int, digits: int = 53) -> bool:
+    """Whether sum / count, rounded to a float and then to a code, is the exact quotient rounded once.
+
+    In units of a code, sum / (count 2^shift) is a tie or at least 1 / (count 2^(shift+1)) from one; a float of
+    ``digits`` binary digits up to 2^bits errs by less than 2^(bits-digits), and holds every tie.
+
+    Args:
+        count: how many values; an integer, or an array where windows differ.
+        shift: log2 of the codes of the sum in one code of the result.
+        bits: of a code.
+        digits: of the float: 53, or 24 of float32.
+
+    >>> quotients_exact(49, 8, 8, 24), quotients_exact(49, 10, 8, 24), quotients_exact(49, 30, 8)
+    (True, False, True)
+    """
+    largest = int(count if isinstance(count, int) else count.max())
+    return largest << max(shift, 0) < 1 << max(digits - 1 - bits, 0)

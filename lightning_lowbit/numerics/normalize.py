@@ -28,7 +28,7 @@ from lightning_lowbit.numerics.rounding import divide_rounded
 from lightning_lowbit.numerics.ste import eager_cpu
 from lightning_lowbit.numerics.through import require_first_order
 
-__all__ = ["NormConstants", "NormFormat", "batch_norm", "norm_constants", "normalize", "running_update"]
+__all__ = ["NormConstants", "NormFormat", "batch_norm", "norm_constants", "normalize", "odd_float32", "running_update"]
 
 _GROUP, _MANY = 64, 256  # numbers looked at together, and how many such groups are worth a look
 _CANCELS = 8  # times as large as the sum of squares around it: the mean's part of the sum around 0 costs 3 bits
@@ -270,6 +270,16 @@ def _put_odd(out: Tensor, v: Tensor, spare: Tensor, format: NormFormat) -> None:
     elif len(beyond):
         picked = values.index_select(1, beyond)
         groups.index_copy_(1, beyond, _to_odd(picked, torch.empty_like(picked)).to(out.dtype))
+
+
+def odd_float32(v: Tensor) -> Tensor:
+    """float64 numbers as float32, rounded to odd: put on any coarser grid next, they give what v gives.
+
+    >>> v = torch.tensor([1.0, 1 + 2**-40, 1 + 2**-22 - 2**-40], dtype=torch.float64)
+    >>> (odd_float32(v) - 1) * 2**23, (v.float() - 1) * 2**23
+    (tensor([0., 1., 1.]), tensor([0., 0., 2.]))
+    """
+    return _to_odd(v.detach().clone(), torch.empty_like(v)).to(torch.float32)
 
 
 def _to_odd(v: Tensor, spare: Tensor) -> Tensor:

@@ -19,7 +19,9 @@ from lightning_lowbit.modules.base import Milestone, Moment, Scheme, Site, Updat
 from lightning_lowbit.modules.binary import LatentSign, Rectifier, Replacement, SignInput
 from lightning_lowbit.modules.binary_layers import binary_layer, binary_norm, integer_end
 from lightning_lowbit.modules.binary_lint import binary_findings
+from lightning_lowbit.modules.binary_lowering import lower_binary
 from lightning_lowbit.modules.layers import LowBitLayer
+from lightning_lowbit.modules.lowering import Builder
 from lightning_lowbit.modules.moments import check_moment
 from lightning_lowbit.modules.norm import LowBitBatchNorm, has_seen_data
 from lightning_lowbit.modules.quantizer import Quantizer
@@ -195,6 +197,9 @@ class Bnn(Scheme):
         if isinstance(layer, LowBitBatchNorm):
             return binary_norm(layer, *operands)
         return layer.op(*operands, **settings)  # type: ignore[no-any-return]
+
+    def lower(self, build: Builder, module: Any, *operands: Any, **settings: Any) -> Any:
+        return lower_binary(build, module, *operands, **settings)
 
     def findings(self, root: nn.Module, flow: Flow, plan: Plan) -> list[str]:
         binary = {layer.path for layer in plan.layers if _reads_signs(root.get_submodule(layer.path))}

@@ -12,8 +12,9 @@ from lightning_lowbit.errors import ConfigError, listed
 from lightning_lowbit.graph.plan import Union
 from lightning_lowbit.graph.units import FROM_OUTSIDE, EdgeClass, edge_classes
 from lightning_lowbit.modules.base import Milestone, Moment, Scheme, Site, UpdateRule
-from lightning_lowbit.modules.elementwise import LowBitAvgPool
+from lightning_lowbit.modules.elementwise import LowBitAvgPool, LowBitOp
 from lightning_lowbit.modules.fixed_point import average, classify, multiply, operate
+from lightning_lowbit.modules.fixed_point_lowering import lower_layer, lower_operation
 from lightning_lowbit.modules.fixed_point_operands import EvaluationBias, FraclenWeight, ResultUnit
 from lightning_lowbit.modules.fixed_point_wiring import Wiring, keeps_six
 from lightning_lowbit.modules.fraclen import FraclenInput, InputFormat, Ties
@@ -26,6 +27,7 @@ from lightning_lowbit.schemes.options import check_bits, check_choice, check_fla
 if TYPE_CHECKING:
     from lightning_lowbit.graph.network import Flow
     from lightning_lowbit.graph.plan import Plan
+    from lightning_lowbit.modules.lowering import Builder
 
 __all__ = ["F8Net"]
 
@@ -218,6 +220,14 @@ class F8Net(Scheme):
         if shifts and isinstance(layer, LowBitAvgPool) and layer.switch.quantizing:
             return average(layer, *operands, **settings)
         return operate(layer, *operands, **settings)
+
+    def lower(self, build: Builder, module: Any, *operands: Any, **settings: Any) -> Any:
+        if isinstance(module, LowBitLayer):
+            return lower_layer(build, module, operands[0], self.rescale)
+        if isinstance(module, LowBitOp):
+            by_shift = self.avgpool == "reference" or bool(module.__dict__.get("by_shift"))
+            return lower_operation(build, module, *operands, by_shift=by_shift, **settings)
+        return module.lower(build, *operands, **settings)
 
     def tied(self, root: nn.Module, flow: Flow, plan: Plan) -> list[list[str]]:
         """Edge classes in one unit: the reader that runs first, the results that are counted in it, other readers."""

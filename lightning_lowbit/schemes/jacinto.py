@@ -13,9 +13,12 @@ from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.modules.base import Milestone, Moment, Scheme, Site, UpdateRule
 from lightning_lowbit.modules.bias_calibration import calibrate_biases
 from lightning_lowbit.modules.clipped import ClipFormat, ClipQuantizer, RangeSync
-from lightning_lowbit.modules.elementwise import LowBitAvgPool
+from lightning_lowbit.modules.elementwise import LowBitAvgPool, LowBitOp
+from lightning_lowbit.modules.layers import LowBitLayer
 from lightning_lowbit.modules.merged import BiasRule, MergedBias, MergedWeight, WeightFormat, merge_norm
 from lightning_lowbit.modules.merging import Backward, merged_layer
+from lightning_lowbit.modules.merging_lowering import lower_merged, lower_operation
+from lightning_lowbit.modules.merging_sums import operation
 from lightning_lowbit.modules.merging_wiring import group_layers
 from lightning_lowbit.modules.moments import check_moment
 from lightning_lowbit.modules.quantizer import Quantizer
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
 
     from lightning_lowbit.graph.network import Flow
     from lightning_lowbit.graph.plan import Plan
+    from lightning_lowbit.modules.lowering import Builder
     from lightning_lowbit.numerics.observers import AllReduce
 
 __all__ = ["Jacinto"]
@@ -246,7 +250,16 @@ class Jacinto(Scheme):
     def compute(self, layer: Any, *operands: Any, **settings: Any) -> Tensor:
         if self.avgpool == "float" and isinstance(layer, LowBitAvgPool):
             return layer.function(*operands, **{**layer.settings, **settings})
+        if isinstance(layer, LowBitOp):
+            return operation(layer, *operands, **settings)
         return layer.op(*operands, **settings)  # type: ignore[no-any-return]  # layers have op
+
+    def lower(self, build: Builder, module: Any, *operands: Any, **settings: Any) -> Any:
+        if isinstance(module, LowBitLayer):
+            return lower_merged(build, module, operands[0])
+        if isinstance(module, LowBitOp):
+            return lower_operation(build, module, *operands, float_means=self.avgpool == "float", **settings)
+        return module.lower(build, *operands, **settings)
 
     def refine(self, root: nn.Module, run: Callable[[], int], all_reduce: AllReduce) -> None:
         if self.bias_calibration:

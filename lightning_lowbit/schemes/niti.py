@@ -15,23 +15,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_lowbit.errors import ConfigError
+from lightning_lowbit.errors import ConfigError, listed
 from lightning_lowbit.modules.base import Milestone, Moment, Scheme, Site, UpdateRule
 from lightning_lowbit.modules.block import BiasCodes, BlockInput, BlockRange, ErrorRange, WeightCodes
 from lightning_lowbit.modules.elementwise import LowBitAdd, LowBitAvgPool, LowBitCat, LowBitReLU
-from lightning_lowbit.modules.integer_layers import integer_layer, unsupported
-from lightning_lowbit.modules.integer_means import integer_mean
-from lightning_lowbit.modules.integer_norm import integer_norm
+from lightning_lowbit.modules.integer_layers import integer_layer, lower_layer, unsupported
+from lightning_lowbit.modules.integer_means import integer_mean, lower_mean
+from lightning_lowbit.modules.integer_norm import integer_norm, lower_norm
 from lightning_lowbit.modules.integer_ops import (
     integer_add,
     integer_cat,
     integer_dropout,
     integer_dropout_channels,
     integer_relu,
+    lower_add,
+    lower_cat,
+    lower_relu,
 )
 from lightning_lowbit.modules.integer_pooling import integer_max_pool
+from lightning_lowbit.modules.integer_wiring import reads_floats
 from lightning_lowbit.modules.layers import LowBitLayer
 from lightning_lowbit.modules.loss import integer_cross_entropy
+from lightning_lowbit.modules.lowering import Builder
 from lightning_lowbit.modules.moments import check_moment
 from lightning_lowbit.modules.norm import LowBitBatchNorm, has_seen_data
 from lightning_lowbit.modules.quantizer import Quantizer, on
@@ -57,6 +62,14 @@ _OPERATIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
     LowBitCat: integer_cat,
     LowBitAvgPool: integer_mean,
     LowBitBatchNorm: integer_norm,
+}
+
+_LOWERINGS: dict[type[nn.Module], Callable[..., Any]] = {
+    LowBitLayer: lower_layer,
+    LowBitReLU: lower_relu,
+    LowBitAdd: lower_add,
+    LowBitCat: lower_cat,
+    LowBitAvgPool: lower_mean,
 }
 
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
@@ -199,11 +212,22 @@ class Niti(Scheme):
             made = BlockInput(site)
         elif site.role == "accumulator" or (site.role == "sum" and site.op in ("add", "avg_pool", "batch_norm")):
             made = BlockRange(site)
-        if isinstance(made, BlockRange):
-            made.__dict__["scheme"] = self
-            for part in made.modules():  # an error's range has a second one for sums that arrive
-                part.__dict__["static"] = self.frozen_shifts is not None
-        return made
+        return self._told(made) if isinstance(made, BlockRange) else made
+
+    def connect(self, root: nn.Module, flow: Flow, plan: Plan) -> list[str]:
+        kinds, paths = {layer.path: layer.op for layer in plan.layers}, reads_floats(root, flow, plan)
+        for path in paths:
+            layer: Any = root.get_submodule(path)
+            entry = BlockInput(Site(path, "input", kinds[path], slot="lowbit_input"))
+            layer.lowbit_input = self._told(entry).to(layer.weight.device).train(layer.training)
+            layer.lowbit_input.switch, layer.__dict__["input_grid"] = layer.switch, layer.lowbit_input
+        return [f"floats are quantized anew where {listed(paths)} read{'s' * (len(paths) == 1)} them"] if paths else []
+
+    def _told(self, ranges: BlockRange) -> BlockRange:
+        ranges.__dict__["scheme"] = self
+        for part in ranges.modules():  # an error's range has a second one for sums that arrive
+            part.__dict__["static"] = self.frozen_shifts is not None
+        return ranges
 
     def batch_norm(self, site: Site, norm: nn.Module) -> str:
         return "fold_or_island" if self.norms == "fold" and norm.affine else "island"
@@ -226,6 +250,14 @@ class Niti(Scheme):
             return on(layer.lowbit_accumulator, integer(layer, *operands, **settings))
         result: Tensor = layer.op(*operands, **settings)
         return result if isinstance(layer, LowBitLayer) else on(layer.lowbit_accumulator, result)
+
+    def lower(self, build: Builder, module: Any, *operands: Any, **settings: Any) -> Any:
+        if isinstance(module, LowBitBatchNorm) and module.island:
+            return lower_norm(build, module, *operands)
+        twin = next((function for kind, function in _LOWERINGS.items() if isinstance(module, kind)), None)
+        if twin is not None:
+            return twin(build, module, *operands, **settings)
+        return super().lower(build, module, *operands, **settings)
 
     def functions(self) -> Mapping[Any, Callable[..., Any]]:
         return _FUNCTIONS

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from lightning_lowbit.modules.base import Milestone, Moment, Scheme, Site, UpdateRule
-from lightning_lowbit.modules.exact import exact_product, narrow_for_others
+from lightning_lowbit.modules.elementwise import LowBitAvgPool
+from lightning_lowbit.modules.exact import exact_mean, exact_product, narrow_for_others
 from lightning_lowbit.modules.layers import LowBitLayer
 from lightning_lowbit.modules.moments import check_moment
 from lightning_lowbit.modules.quantizer import Quantizer
@@ -181,6 +182,8 @@ class Tqt(Scheme):
     def compute(self, layer: Any, *operands: Any, **settings: Any) -> Tensor:
         if isinstance(layer, LowBitLayer):
             return exact_product(layer, *operands)
+        if isinstance(layer, LowBitAvgPool):
+            return exact_mean(layer, *operands, **settings)
         return layer.op(*operands, **settings)  # type: ignore[no-any-return]  # operations have op
 
     def batch_norm(self, site: Site, norm: nn.Module) -> str:

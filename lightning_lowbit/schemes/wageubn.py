@@ -14,10 +14,14 @@ from torch import Tensor, nn
 
 from lightning_lowbit.graph.ops import Kind
 from lightning_lowbit.modules.base import Milestone, Moment, Scheme, Site, UpdateRule
+from lightning_lowbit.modules.elementwise import LowBitAdd, LowBitAvgPool
 from lightning_lowbit.modules.error_gate import ErrorForm, ErrorQuantizer
 from lightning_lowbit.modules.fixed_norm import NormGrids, fixed_norm
+from lightning_lowbit.modules.lowering import Builder
 from lightning_lowbit.modules.norm import LowBitBatchNorm, has_seen_data
-from lightning_lowbit.modules.plane_layers import multiplies_integers, plane_layer
+from lightning_lowbit.modules.plane_layers import connect_sums, multiplies_integers, plane_layer
+from lightning_lowbit.modules.plane_lowering import lower_plane
+from lightning_lowbit.modules.plane_ops import exact_op
 from lightning_lowbit.modules.quantizer import Quantizer
 from lightning_lowbit.modules.stored import StoredBias, StoredWeight
 from lightning_lowbit.modules.widths import WidthForm, WidthQuantizer
@@ -259,6 +263,7 @@ class Wageubn(Scheme):
                 grids.__dict__["norm"] = norm
                 source = call.inputs[0].path if len(call.inputs) == 1 else None
                 grids.__dict__["behind"] = root.get_submodule(source) if source in layers else None
+        connect_sums(root, flow, plan)
         return []
 
     def forward(self, layer: Any, x: Tensor) -> Tensor:
@@ -269,7 +274,12 @@ class Wageubn(Scheme):
     def compute(self, layer: Any, *operands: Any, **settings: Any) -> Tensor:
         if isinstance(layer, LowBitBatchNorm):
             return fixed_norm(layer, *operands)
+        if isinstance(layer, (LowBitAdd, LowBitAvgPool)):
+            return exact_op(layer, *operands, **settings)
         return layer.op(*operands, **settings)  # type: ignore[no-any-return]  # layers and operations have op
+
+    def lower(self, build: Builder, module: Any, *operands: Any, **settings: Any) -> Any:
+        return lower_plane(build, module, *operands, **settings)
 
     def proves_sums(self, layer: Any) -> bool:
         return multiplies_integers(layer)

@@ -38,6 +38,9 @@ KINDS_OF_MOVES: dict[str, tuple[Callable[[Tensor], Tensor], list[str]]] = {
     "shuffle": (lambda x: F.pixel_shuffle(x, 2), ["gather"]),
     "nearest": (lambda x: F.interpolate(x, scale_factor=2), ["gather"]),
     "reflect": (lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"), ["gather"]),
+    "split": (lambda x: x.split([1, 3], 1)[1], ["slice"]),
+    "zeros": (lambda x: torch.cat([x, torch.zeros(x.shape[0], 2, 6, 6)], 1), ["gather", "concat"]),
+    "zeros like": (lambda x: torch.cat([torch.zeros_like(x), x], -1), ["gather", "concat"]),
     "dropout": (lambda x: F.dropout2d(x, training=False), []),
 }
 
@@ -151,7 +154,21 @@ def test_sums_that_float32_does_not_hold() -> None:
     assert same(program.run(x), net(x))
 
 
-@pytest.mark.parametrize("options", [{"bias": "own"}, {"bias": "own", "bias_bits": 4}, {"bias": "float"}], ids=str)
+@pytest.mark.parametrize("bits", [8, 16])
+def test_means_that_float32_does_not_hold(bits: int) -> None:
+    torch.manual_seed(0)
+    scheme = Tqt(act_bits=bits, operand_bits=bits, act_init="max")
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.AvgPool2d(31, 1), nn.Conv2d(4, 2, 1)).eval()
+    x = torch.rand(4, 3, 64, 64)
+    low(net, x, scheme=scheme)
+    assert same(lower(net, x).run(x), net(x))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"bias": "own"}, {"bias": "own", "bias_bits": 4}, {"bias": "float"}, {"bias": "float", "acc_bits": 12}],
+    ids=str,
+)
 def test_biases_on_steps_of_their_own(options: dict[str, Any]) -> None:
     torch.manual_seed(3)
     net = Net(lambda x: x)
@@ -161,6 +178,7 @@ def test_biases_on_steps_of_their_own(options: dict[str, Any]) -> None:
     assert exact is (options["bias"] == "own")
     if exact:
         assert same(program(images(3)), net(images(3)))
+    np.testing.assert_allclose(program(images(3)), net(images(3)).detach().numpy(), rtol=1e-5, atol=1e-5)
 
 
 def test_proved_bounds_hold_what_is_seen() -> None:
@@ -218,17 +236,71 @@ def test_no_example() -> None:
         (lambda x: x.mean(), "mean over the batch|has no integer form"),
         (lambda x: torch.cat([x, x]), "joins along the batch|one sample to another"),
         (lambda x: torch.fft.fft(x).real, "none of the float functions"),
-        (lambda x: x if x.shape[0] == 2 else x + x, "other calls for a batch of 3"),
+        (lambda x: x if x.shape[0] == 2 else x + x, "other calls for another batch, of 3 samples"),
+        (lambda x: x * x.shape[0], "computes with 2 for one batch and with 3 for another"),
+        (lambda x: x / float(x.detach().abs().max()), "for one batch and with"),
+        (lambda x: x.roll(int(x.detach().sum()), 2), "for one batch and with"),
+        (lambda x: x + torch.rand(1, 4, 1, 1), "computes with a tensor"),
+        (lambda x: x + torch.from_numpy(x.detach().numpy() * 2), "computes with a tensor"),
+        (lambda x: torch.cat([x, torch.ones_like(x)], 1), "tensor that the inputs do not reach|computes with a tensor"),
+        (lambda x: F.dropout(x, 0.5, True), "draws random numbers|other calls|computes with"),
+        (lambda x: F.avg_pool2d(x, 2, divisor_override=-3), "divides by -3"),
         (lambda x: F.max_pool2d(x, 2, return_indices=True), "max_pool2d_with_indices has no integer form"),
         (lambda x: torch.ones(3), "returns nothing that it computed|returns a Tensor"),
         (lambda x: x.cumsum(1), "cumsum has no integer form"),
     ],
-    ids=["roll", "mean", "cat", "fft", "branch", "indices", "constant", "cumsum"],
+    ids=[
+        "roll",
+        "mean",
+        "cat",
+        "fft",
+        "branch",
+        "batch size",
+        "largest",
+        "sum",
+        "random",
+        "numpy",
+        "ones",
+        "dropout",
+        "divisor",
+        "indices",
+        "constant",
+        "cumsum",
+    ],
 )
 def test_what_has_no_program(function: Callable[[Tensor], Any], message: str) -> None:
     net = low(Net(function), images())
     with pytest.raises(UnsupportedModelError, match=message):
         lower(net, images())
+
+
+def test_a_hook_that_changes_what_a_layer_is_given() -> None:
+    net = low(Net(lambda x: x), images())
+    net.conv.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    with pytest.raises(UnsupportedModelError, match="conv: a forward_pre_hook changes what it is given"):
+        lower(net, images())
+
+
+def test_output_sizes_of_a_layer_that_is_called_twice() -> None:
+    class Up(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.ConvTranspose2d(3, 4, 3, stride=2, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.up(x, output_size=[12, 11]).flatten(1)[:, :9] + self.up(x).flatten(1)[:, :9]
+
+    torch.manual_seed(0)
+    net = low(Up(), images())
+    assert same(lower(net, images()).run(images(3)), net(images(3)))
+
+
+def test_layers_of_zeros_are_float() -> None:
+    net = Net(lambda x: x)
+    nn.init.zeros_(net.conv.weight)
+    program = lower(low(net, images()), images())
+    assert [op.attributes["function"] for op in program.ops if op.kind == "island"] == ["conv", "relu"]
+    np.testing.assert_allclose(program(images(2)), net(images(2)).detach().numpy(), atol=1e-6)
 
 
 def test_writing_into_a_view() -> None:
