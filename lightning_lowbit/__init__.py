@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from lightning_lowbit.export.program import IntegerProgram
     from lightning_lowbit.export.verify import verify
     from lightning_lowbit.modules.base import Scheme, float_mode
-    from lightning_lowbit.plugins.checkpoint import float_state_dict, load_from_checkpoint, save_compact
+    from lightning_lowbit.plugins.checkpoint import float_state_dict, save_compact
+    from lightning_lowbit.plugins.loading import load_from_checkpoint
     from lightning_lowbit.plugins.precision import LowBitPrecision, lowbit_step
     from lightning_lowbit.plugins.strategy import LowBitDDPStrategy, LowBitStrategy
     from lightning_lowbit.reports.summary import summarize
@@ -102,7 +103,7 @@ _HOME = {
     "export_onnx": "export.onnx",
     "float_mode": "modules.base",
     "float_state_dict": "plugins.checkpoint",
-    "load_from_checkpoint": "plugins.checkpoint",
+    "load_from_checkpoint": "plugins.loading",
     "lowbit_step": "plugins.precision",
     "lower": "export.lowering",
     "pack": "export.packed",

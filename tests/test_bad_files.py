@@ -10,7 +10,7 @@ import torch
 from refusals import Net, SaveAtTheEnd, fit_is_refused, loader, net, refusal, trainer
 
 from lightning_lowbit.callbacks.quant import QuantCallback
-from lightning_lowbit.plugins.checkpoint import load_from_checkpoint
+from lightning_lowbit.plugins.loading import load_from_checkpoint
 from lightning_lowbit.schemes.tqt import Tqt
 
 

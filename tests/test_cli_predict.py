@@ -21,7 +21,8 @@ from lightning_lowbit import cli
 from lightning_lowbit.callbacks.quant import QuantCallback
 from lightning_lowbit.demos import DigitsCnn, DigitsData
 from lightning_lowbit.errors import ConfigError
-from lightning_lowbit.plugins.checkpoint import load_from_checkpoint, save_compact
+from lightning_lowbit.plugins.checkpoint import save_compact
+from lightning_lowbit.plugins.loading import load_from_checkpoint
 from lightning_lowbit.plugins.prediction_file import PredictionFile
 from lightning_lowbit.schemes import registry
 

@@ -21,6 +21,7 @@ from lightning_lowbit.export.signs import line, signs
 from lightning_lowbit.export.windows import pooled
 from lightning_lowbit.modules.lowering import Snap, refuse
 from lightning_lowbit.modules.quantizer import Quantizer
+from lightning_lowbit.numerics.guards import FLOAT32_EXACT
 from lightning_lowbit.numerics.rounding import Rounding
 
 __all__ = ["Held", "ProgramBuilder", "smallest"]
@@ -271,9 +272,12 @@ class ProgramBuilder:
         if maker is not None and maker.kind == "dequantize" and not maker.constants:
             source, factor = self.values[maker.inputs[0]], maker.attributes["factor"]
             alike = isinstance(source.exponent, int) and (factor is None or factor > 0)
-            return Held(source) if alike and max(-source.low, source.high) < _APART else x
+            plain = factor is None and maker.attributes["count"] is None
+            most = FLOAT32_EXACT if plain else _APART
+            return Held(source) if alike and max(-source.low, source.high) < most else x
         whole = isinstance(x.exponent, int) and not isinstance(x.count, np.ndarray)
-        return x if x.is_float or (whole and max(-x.low, x.high) < _APART) else self.floats(x)
+        most = FLOAT32_EXACT if x.count is None else _APART
+        return x if x.is_float or (whole and max(-x.low, x.high) < most) else self.floats(x)
 
     def zeros(self, like: Held, shape: tuple[int, ...]) -> Held:
         """Zeros of a shape, on the step of ``like``."""

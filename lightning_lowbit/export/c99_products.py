@@ -81,8 +81,8 @@ for (int32_t k = 0; k < inputs; ++k) {
 """
 
 _BACKWARD = """
-const int32_t s0 = o0 + g->before[0] - k0 * g->dilation[0], i0 = s0 % g->stride[0] == 0 ? s0 / g->stride[0] : -1;
-const int32_t s1 = o1 + g->before[1] - k1 * g->dilation[1], i1 = s1 % g->stride[1] == 0 ? s1 / g->stride[1] : -1;
+const int32_t at0 = o0 + g->before[0] - k0 * g->dilation[0], i0 = at0 % g->stride[0] == 0 ? at0 / g->stride[0] : -1;
+const int32_t at1 = o1 + g->before[1] - k1 * g->dilation[1], i1 = at1 % g->stride[1] == 0 ? at1 / g->stride[1] : -1;
 """
 
 _BACKWARD_INNER = """

@@ -19,7 +19,9 @@ from lightning_lowbit.export.record import Node, Recording, Ref, record
 from lightning_lowbit.export.twins import alive, refs_of, require_same_calls, require_same_numbers
 from lightning_lowbit.modules.base import LowBitModule, Mode, low_bit_modules, switch_of
 from lightning_lowbit.modules.convert import quantizers
+from lightning_lowbit.modules.layers import LowBitLayer
 from lightning_lowbit.modules.lowering import refuse
+from lightning_lowbit.modules.norm import LowBitBatchNorm
 from lightning_lowbit.modules.quantizer import Quantizer
 
 __all__ = ["Lowering", "lower", "lowering_of", "samples_of"]
@@ -148,6 +150,8 @@ class Lowering:
         target = node.target
         args, kwargs = self._with_zeros(node, twin, args, kwargs)
         self.build.output_size = None
+        if isinstance(target, (LowBitLayer, LowBitBatchNorm)) and "input" in kwargs:
+            args, kwargs = (kwargs.pop("input"), *args), kwargs
         if isinstance(target, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
             self.build.output_size = args[1] if len(args) > 1 else kwargs.get("output_size")
             args, kwargs = args[:1], {}

@@ -21,7 +21,7 @@ def float_tensors_between(model: Any) -> list[str]:
     """Names of the floats that an integer graph must not have.
 
     That is every float tensor which depends on a code and on which a code depends, and every one that is more than
-    the rounding of an input or the scaling of a code.
+    the rounding of an input or the scaling of a code. The place of the largest float is no code.
 
     Args:
         model: an ONNX ModelProto.
@@ -53,6 +53,8 @@ def float_tensors_between(model: Any) -> list[str]:
                 found.add(name)
     before: set[str] = set()  # tensors from which a code is computed
     for node in reversed(graph.node):
+        if node.op_type == "ArgMax" and node.input[0] in floats:  # a class chosen among the results is no code
+            continue
         if any(name in before or (name not in floats and types[name] != proto.BOOL) for name in node.output):
             before.update(node.input)
     return sorted(found | (floats & after & before))

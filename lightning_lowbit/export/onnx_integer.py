@@ -192,7 +192,12 @@ class IntegerForm:
         self._keep(op, value, integers.add(x, beta))
 
     def _argmax(self, op: Op, value: Value) -> None:
-        x, axis, keep = self.codes[op.inputs[0]], int(op.attributes["axis"]), int(op.attributes["keepdims"])
+        axis, keep = int(op.attributes["axis"]), int(op.attributes["keepdims"])
+        if op.inputs[0] in self.floats:  # behind a dequantize: of floats, of which rounding may have made equals
+            name = self.floats[op.inputs[0]]
+            self.indices[op.output] = self.graph.node("ArgMax", [name], axis=axis, keepdims=keep)
+            return
+        x = self.codes[op.inputs[0]]
         if x.dtype == "int64":  # ArgMax does not take it; of equals TopK gives the first one too
             one = self.graph.constant([1], "int64")
             self.graph.node("TopK", [x.name, one], axis=axis)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_lowbit.modules.binary import LatentSign, Rectifier
+from lightning_lowbit.modules.binary import LatentSign, Rectifier, SignInput
 from lightning_lowbit.modules.elementwise import LowBitAvgPool, LowBitReLU
 from lightning_lowbit.modules.layers import LowBitLayer, padding_of
 from lightning_lowbit.modules.lowering import Builder, refuse
@@ -83,7 +83,8 @@ def _norm(build: Builder, norm: Any, x: Any) -> Any:
 
 def _end(build: Builder, layer: Any, x: Any) -> Any:
     """A first or last layer in 8 bits: integers until the one conversion to float32."""
-    x = build.snap(x, layer.lowbit_input)
+    signs = isinstance(layer.lowbit_input, SignInput)  # of a layer that shares its weight with a binary one
+    x = layer.lowbit_input.lower(build, x) if signs else build.snap(x, layer.lowbit_input)
     values = layer.lowbit_weight(layer.weight)  # its range is that of the present weight
     exponent, bias = layer.lowbit_weight.exponent(), layer.bias
     whole = bias is None or (layer.lowbit_bias is not None and layer.lowbit_weight.ready)

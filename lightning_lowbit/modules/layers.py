@@ -70,7 +70,8 @@ class LowBitLayer(LowBitModule):
         """The float operation."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # torch's name for it
+        x = input
         self.note_run()
         if not self.switch.folding:
             return self.op(x, self.weight, self.bias)
@@ -305,9 +306,9 @@ class _Transposed(LowBitLayer):
     function: Any
     _output_padding: Any
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         self.__dict__["requested"] = output_size
-        return super().forward(x)
+        return super().forward(input)
 
     def op(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         padding = self._output_padding(

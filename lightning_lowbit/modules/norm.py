@@ -42,7 +42,8 @@ class LowBitBatchNorm(LowBitModule):
         own = (*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)) if self.island else ()
         return {**super().integer_state(), **dict(own)}
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # torch's name for it
+        x = input
         if not self.switch.folding:
             return self.op(x)
         if self.island:

@@ -26,7 +26,7 @@ from lightning_lowbit.schemes import find
 
 __all__ = [
     "KEY", "add_open_keys", "check_shapes", "check_trainable", "compare_spec", "difference", "float_state_dict",
-    "initialize_from", "keep_record", "load_from_checkpoint", "read_scheme", "read_spec", "save_compact", "write_spec",
+    "initialize_from", "keep_record", "read_scheme", "read_spec", "save_compact", "write_spec",
 ]  # fmt: skip
 
 KEY = "lightning_lowbit"
@@ -300,40 +300,6 @@ def _listing(title: str, keys: list[str]) -> str:
     if not keys:
         return ""
     return f" {len(keys)} {title}: {', '.join(keys[:6])}{', ...' if len(keys) > 6 else ''}."
-
-
-def load_from_checkpoint(cls: type[_M], path: str | Path, map_location: Any = None, **kwargs: Any) -> _M:
-    """Load a LightningModule that was trained in low bits, without Trainer or callback.
-
-    Lightning's own loader does the work, on a subclass that converts the network by what the file says before
-    the weights arrive. A compact checkpoint (``save_compact``) gives the same evaluation. A float checkpoint comes back
-    unconverted: it is the float module.
-
-    Args:
-        cls: the user's LightningModule class.
-        path, map_location, kwargs: as in ``cls.load_from_checkpoint``.
-    """
-    check_checkpoint_file(path, "checkpoint_path")
-
-    class Loaded(cls):  # type: ignore[misc, valid-type]
-        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-            spec = read_spec(checkpoint)
-            if spec is not None:
-                restore_conversion(self, spec)
-                check_shapes(checkpoint["state_dict"], self)
-            elif has_low_bit_keys(checkpoint["state_dict"]):
-                raise ConfigError(
-                    f"checkpoint_path={str(path)!r}: low-bit weights without the record of their conversion. Save the "
-                    "module with Trainer.save_checkpoint or lightning_lowbit.save_compact, or load these weights in a "
-                    "Trainer with the QuantCallback of the training."
-                )
-            super().on_load_checkpoint(checkpoint)
-
-    Loaded.__name__, Loaded.__qualname__, Loaded.__module__ = cls.__name__, cls.__qualname__, cls.__module__
-    module = Loaded.load_from_checkpoint(path, map_location=map_location, **kwargs)
-    module.__class__ = cls
-    keep_record(module)
-    return module  # type: ignore[no-any-return]
 
 
 def save_compact(module: nn.Module, path: str | Path) -> Compact:

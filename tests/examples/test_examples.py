@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -19,6 +20,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import cifar  # noqa: E402
+import export_resnet20  # noqa: E402
 import finetune_resnet20  # noqa: E402
 import fixed_point  # noqa: E402
 import full_8bit  # noqa: E402
@@ -211,7 +213,14 @@ def test_yaml_runs_through_the_command_line(
     words = ["fit", "--config", str(EXAMPLES / "configs" / "resnet20_tqt.yaml"), "--data.root", str(root)]
     words += ["--data.batch_size", "8", "--model.blocks", "1", "--quant.init_from", str(checkpoint)]
     cli.main([*words, "--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path)])
-    assert list(tmp_path.rglob("*.ckpt"))
+    (trained,) = tmp_path.rglob("*.ckpt")
+    pytest.importorskip("onnxruntime")
+    if shutil.which("cc") is None:
+        pytest.skip("needs a C compiler")
+    words = ["--checkpoint", str(trained), "--data.root", str(root), "--limit", "10"]
+    rows = export_resnet20.main([*words, "--folder", str(tmp_path / "integers")])
+    assert len(rows) == 4
+    assert {equal for _, equal in rows.values()} == {10}
 
 
 # -- integer training ----------------------------------------------------------------------------------------------

@@ -220,6 +220,13 @@ def threshold(net: Net) -> None:
 
 
 @network
+def normalize_behind_conv_transpose(net: Net) -> None:
+    """Stages of a sum have names of their own beside the loops of the sum."""
+    x = net.codes(3, 4, 4)
+    net.out(net.requantize(net.normalize(net.conv_transpose(x, net.ints(-2, 2, 3, 4, 2, 2)), 4), 14))
+
+
+@network
 def normalize(net: Net) -> None:
     x = net.codes(8, 3, 4)
     net.out(net.normalize(x, 8))

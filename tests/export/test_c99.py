@@ -273,7 +273,7 @@ def test_a_module_is_no_program(tmp_path: Path) -> None:
 def test_nothing_is_left_behind_where_writing_fails(tmp_path: Path) -> None:
     taken = tmp_path / "network.c"
     taken.mkdir()
-    with pytest.raises(OSError, match="directory"):
+    with pytest.raises(ValueError, match="expected the path of a file"):
         export_c(small(), taken)
     assert [path.name for path in tmp_path.iterdir()] == ["network.c"]
 

@@ -17,13 +17,8 @@ from lightning_lowbit.callbacks.quant import QuantCallback
 from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.export.checkpoint import compact, expand
 from lightning_lowbit.modules.base import float_mode
-from lightning_lowbit.plugins.checkpoint import (
-    KEY,
-    float_state_dict,
-    initialize_from,
-    load_from_checkpoint,
-    save_compact,
-)
+from lightning_lowbit.plugins.checkpoint import KEY, float_state_dict, initialize_from, save_compact
+from lightning_lowbit.plugins.loading import load_from_checkpoint
 from lightning_lowbit.schemes import convert, registry
 
 ALL = ("conv1", "conv2", "conv3", "fc")

@@ -211,3 +211,19 @@ def test_wide_sums_of_an_end_that_are_averaged_are_refused() -> None:
     convert(net, Bnn(**INT8), x)
     with pytest.raises(UnsupportedModelError, match=r"24 bits of float32.*skip=\['0'\]"):
         lower(net.eval(), x)
+
+
+def test_an_end_that_shares_its_weight_with_a_binary_layer() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.d = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.d(torch.relu(self.c(self.b(self.a(x)))))
+
+    torch.manual_seed(0)
+    net, x = Tied().eval(), torch.randn(16, 8)
+    convert(net, Bnn(**INT8), x)
+    assert torch.equal(torch.as_tensor(lower(net, x).run(x)), net(x))

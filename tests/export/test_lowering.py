@@ -281,6 +281,20 @@ def test_a_hook_that_changes_what_a_layer_is_given() -> None:
         lower(net, images())
 
 
+def test_layers_called_by_the_names_of_torch() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn, self.up = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ConvTranspose2d(4, 2, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.up(input=torch.relu(self.bn(input=self.conv(input=x))), output_size=[6, 6])
+
+    torch.manual_seed(0)
+    net = low(Named(), images())
+    assert same(lower(net, images()).run(images(3)), net(images(3)))
+
+
 def test_output_sizes_of_a_layer_that_is_called_twice() -> None:
     class Up(nn.Module):
         def __init__(self) -> None:

@@ -287,3 +287,10 @@ def test_random_graphs(tmp_path_factory, seed, rounding):
     agree(folder, w, *outputs)
     if rounding == "half_even":
         agree(folder, w, *outputs, form="qdq", allow_inexact=False)
+
+
+def test_argmax_of_the_floats_behind_the_integers(tmp_path):
+    """Where float32 makes equals of large sums, a class is chosen among floats, as the network does."""
+    w = Writer(50)
+    sums = w.linear(w.codes(64, low=-(2**15), high=2**15 - 1, exponent=-8), 9, bits=16)
+    agree(tmp_path, w, w.argmax(w.dequantize(sums), 1, True))

@@ -12,7 +12,8 @@ from schemes.conformance import Net, copy_of, differing, loader, net, trainer
 from lightning_lowbit.callbacks.quant import QuantCallback
 from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.plugins import migrations
-from lightning_lowbit.plugins.checkpoint import KEY, initialize_from, load_from_checkpoint
+from lightning_lowbit.plugins.checkpoint import KEY, initialize_from
+from lightning_lowbit.plugins.loading import load_from_checkpoint
 from lightning_lowbit.plugins.migrations import FORMAT, MIGRATIONS, migrate
 
 

@@ -42,12 +42,8 @@ from lightning_lowbit.modules.elementwise import LowBitAdd, LowBitAvgPool
 from lightning_lowbit.modules.layers import LowBitLayer
 from lightning_lowbit.modules.quantizer import Quantizer
 from lightning_lowbit.modules.thresholds import ThresholdQuantizer
-from lightning_lowbit.plugins.checkpoint import (
-    float_state_dict,
-    initialize_from,
-    load_from_checkpoint,
-    read_scheme,
-)
+from lightning_lowbit.plugins.checkpoint import float_state_dict, initialize_from, read_scheme
+from lightning_lowbit.plugins.loading import load_from_checkpoint
 from lightning_lowbit.schemes import convert, find, registry, resolve
 
 SCRIPT = Path(__file__).with_name("conformance.py")
