@@ -21,7 +21,7 @@ from lightning_lowbit.graph.ops import Kind, classify, drops
 from lightning_lowbit.modules.lowering import refuse
 from lightning_lowbit.modules.pooling import WINDOW, kind_of
 
-__all__ = ["joins", "lower_call", "takes_sizes"]
+__all__ = ["joins", "lower_call", "name_of", "takes_sizes"]
 
 _MAX_POOLS: dict[Any, tuple[int, bool]] = {
     F.max_pool1d: (1, False), F.max_pool2d: (2, False), F.max_pool3d: (3, False),

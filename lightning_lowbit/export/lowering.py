@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from lightning_lowbit.errors import ConfigError, InvariantError, UnsupportedModelError
 from lightning_lowbit.export.builder import Held, ProgramBuilder
-from lightning_lowbit.export.calls import joins, lower_call, takes_sizes
+from lightning_lowbit.export.calls import joins, lower_call, name_of, takes_sizes
 from lightning_lowbit.export.moves import BATCHES, symbolic
 from lightning_lowbit.export.program import IntegerProgram
 from lightning_lowbit.export.record import Node, Recording, Ref, record
@@ -160,6 +160,7 @@ class Lowering:
         elif isinstance(target, LowBitModule):
             result = target.scheme.lower(self.build, target, *args, **kwargs)
         else:
+            self._require_floats(node)
             result = lower_call(self.build, node, twin, args, kwargs, self)
         results = result if isinstance(result, (tuple, list)) else (result,)
         for ref, value in zip(refs_of(node.result), results, strict=True):
@@ -186,6 +187,14 @@ class Lowering:
                 leaves[index] = self.build.zeros(like, symbolic([x.shape, other.shape], node.path))
         return tree_unflatten(leaves, tree)
 
+    def _require_floats(self, node: Node) -> None:
+        """UnsupportedModelError where the network's own code goes over to other numbers than programs have."""
+        given = {self.small.dtypes[ref] for ref in refs_of((node.args, node.kwargs))}
+        for ref in refs_of(node.result):
+            dtype = self.small.dtypes[ref]
+            if dtype not in (torch.float32, *given) and not (dtype == torch.int64 and name_of(node.target) == "argmax"):
+                raise refuse(node.path, f"it goes over to {dtype}", "Stay in float32, or lower the part before it.")
+
     def _quantizer(self, path: str, quantizer: Quantizer, x: Any, rectify: bool = False) -> Any:
         """One behind a module of the user's; what only stands in a quantizer's place is the scheme's to write."""
         if quantizer.has_grid:
@@ -195,7 +204,7 @@ class Lowering:
 
     def _operand(self, value: Any) -> Any:
         held = self.held[value] if isinstance(value, Ref) else value
-        return replace(held, word=value.word) if isinstance(held, Held) and value.word else held
+        return replace(held, word=value.word) if isinstance(held, Held) and held.word != value.word else held
 
     def _leave(self) -> IntegerProgram:
         self.build.path = "output"

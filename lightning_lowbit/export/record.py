@@ -73,6 +73,7 @@ _ONLY_SHAPES = frozenset({
 Watch = Callable[[Ref, Tensor], None]
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def record(module: nn.Module, inputs: Sequence[Any], watch: Watch | None = None) -> Recording:
     """Run ``module`` on ``inputs`` in evaluation and write down what it calls.
@@ -84,6 +85,7 @@ def record(module: nn.Module, inputs: Sequence[Any], watch: Watch | None = None)
     """
     if module.training:
         raise UnsupportedModelError(f"{type(module).__name__}: got a module in training mode. Call eval() on it first.")
+    inputs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) and x.is_inference() else x, tuple(inputs))
     recorder = _Recorder(module, watch)
     known = 0
     for tensor in tree_flatten(inputs)[0]:

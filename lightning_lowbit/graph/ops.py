@@ -107,9 +107,9 @@ _register(
     torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, torch.chunk, torch.split, torch.narrow,
     torch.flip, torch.roll, torch.unbind, torch.tensor_split, torch.tile, torch.movedim, torch.swapaxes,
     torch.select, torch.index_select, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.pixel_shuffle,
-    F.channel_shuffle, operator.getitem, torch.clone, "view", "reshape", "flatten", "permute", "transpose",
-    "contiguous", "squeeze", "unsqueeze", "chunk", "split", "narrow", "flip", "clone", "unflatten", "expand",
-    "repeat", "to", "float", "t", "movedim", "swapaxes", "select", "type_as", "roll", "view_as", "reshape_as",
+    F.channel_shuffle, F.pixel_unshuffle, operator.getitem, torch.clone, "view", "reshape", "flatten", "permute",
+    "transpose", "contiguous", "squeeze", "unsqueeze", "chunk", "split", "narrow", "flip", "clone", "unflatten",
+    "expand", "repeat", "to", "float", "t", "movedim", "swapaxes", "select", "type_as", "roll", "view_as", "reshape_as",
     "expand_as", "detach", "unbind", "tensor_split", "tile", "squeeze_", "unsqueeze_", "index_select",
     "double",
 )  # fmt: skip
@@ -147,7 +147,7 @@ def classify(target: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | N
         return Kind.FLOAT if mode == "constant" and value not in (None, 0, 0.0) else Kind.KEEP
     if target is F.interpolate:
         mode = kwargs.get("mode", args[3] if len(args) > 3 else "nearest")
-        return Kind.KEEP if mode == "nearest" else Kind.FLOAT
+        return Kind.KEEP if mode in ("nearest", "nearest-exact") else Kind.FLOAT
     if target is getattr:
         return Kind.KEEP if args[1:2] and args[1] in ("T", "mT", "H", "mH", "data") else Kind.META
     if target in ("mean", torch.mean):

@@ -37,6 +37,8 @@ KINDS_OF_MOVES: dict[str, tuple[Callable[[Tensor], Tensor], list[str]]] = {
     "repeat": (lambda x: x.repeat(1, 2, 1, 1), ["gather"]),
     "shuffle": (lambda x: F.pixel_shuffle(x, 2), ["gather"]),
     "nearest": (lambda x: F.interpolate(x, scale_factor=2), ["gather"]),
+    "unshuffle": (lambda x: F.pixel_unshuffle(x, 2), ["gather"]),
+    "nearest exact": (lambda x: F.interpolate(x, scale_factor=2, mode="nearest-exact"), ["gather"]),
     "reflect": (lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"), ["gather"]),
     "split": (lambda x: x.split([1, 3], 1)[1], ["slice"]),
     "zeros": (lambda x: torch.cat([x, torch.zeros(x.shape[0], 2, 6, 6)], 1), ["gather", "concat"]),
@@ -115,6 +117,13 @@ def test_a_part_of_a_network_and_two_inputs() -> None:
     program = lower(net, (a, b))
     assert same(program.run(a, b), net(a, b))
     assert same(lower(net.left, a).run(a), net.left(a))
+
+
+def test_lowering_within_inference_mode() -> None:
+    net = low(Net(lambda x: x.flatten(1)), images())
+    with torch.inference_mode():
+        program = lower(net, images())
+        assert same(program(images(3)), net(images(3)))
 
 
 def test_calls_that_only_check_something_are_left_out() -> None:
@@ -233,9 +242,11 @@ def test_no_example() -> None:
     ("function", "message"),
     [
         (lambda x: x.roll(1, 0), "one sample to another"),
+        (lambda x: x.to(torch.int32).float(), "goes over to torch.int32"),
+        (lambda x: x.double() * 0.1, "goes over to torch.float64"),
         (lambda x: x.mean(), "mean over the batch|has no integer form"),
         (lambda x: torch.cat([x, x]), "joins along the batch|one sample to another"),
-        (lambda x: torch.fft.fft(x).real, "none of the float functions"),
+        (lambda x: torch.fft.fft(x).real, "fft_fft: it goes over to torch.complex64"),
         (lambda x: x if x.shape[0] == 2 else x + x, "other calls for another batch, of 3 samples"),
         (lambda x: x * x.shape[0], "computes with 2 for one batch and with 3 for another"),
         (lambda x: x / float(x.detach().abs().max()), "for one batch and with"),
@@ -245,12 +256,14 @@ def test_no_example() -> None:
         (lambda x: torch.cat([x, torch.ones_like(x)], 1), "tensor that the inputs do not reach|computes with a tensor"),
         (lambda x: F.dropout(x, 0.5, True), "draws random numbers|other calls|computes with"),
         (lambda x: F.avg_pool2d(x, 2, divisor_override=-3), "divides by -3"),
-        (lambda x: F.max_pool2d(x, 2, return_indices=True), "max_pool2d_with_indices has no integer form"),
+        (lambda x: F.max_pool2d(x, 2, return_indices=True), "max_pool2d_with_indices: it goes over to torch.int64"),
         (lambda x: torch.ones(3), "returns nothing that it computed|returns a Tensor"),
         (lambda x: x.cumsum(1), "cumsum has no integer form"),
     ],
     ids=[
         "roll",
+        "int32",
+        "float64",
         "mean",
         "cat",
         "fft",
