@@ -16,7 +16,7 @@ from lightning_lowbit.export.calls import joins, lower_call, name_of, takes_size
 from lightning_lowbit.export.moves import BATCHES, symbolic
 from lightning_lowbit.export.program import IntegerProgram
 from lightning_lowbit.export.record import Node, Recording, Ref, record
-from lightning_lowbit.export.twins import alive, refs_of, require_same_calls, require_same_numbers
+from lightning_lowbit.export.twins import alive, refs_of, require_same_calls, require_same_numbers, without_batch
 from lightning_lowbit.modules.base import LowBitModule, Mode, low_bit_modules, switch_of
 from lightning_lowbit.modules.convert import quantizers
 from lightning_lowbit.modules.layers import LowBitLayer
@@ -61,9 +61,7 @@ def lowering_of(module: nn.Module, example_input: Any = None) -> Lowering:
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:
-        small = samples_of(given, BATCHES[0])
-        large = tree_map(_of_other_values, samples_of(given, BATCHES[1]))
-        return Lowering(module, [record(module, small), record(module, large)])
+        return Lowering(module, _recorded_twice(module, given))
     finally:
         for part in training:
             part.training = True
@@ -87,9 +85,26 @@ def samples_of(given: Any, batch: int) -> tuple[Any, ...]:
     return tuple(tree_map(chosen, arguments))
 
 
+def _recorded_twice(module: nn.Module, given: Any) -> list[Recording]:
+    """At both batch sizes, the second time with other values where the network takes them."""
+    small, large = (samples_of(given, n) for n in BATCHES)
+    first = record(module, small)
+    try:
+        return [first, record(module, tree_map(_of_other_values, large))]
+    except UnsupportedModelError:
+        raise
+    except Exception:  # a check of the user's that such values do not pass
+        return [first, record(module, large)]
+
+
 def _of_other_values(value: Any) -> Any:
-    """Floats changed, so that what a network takes from them in Python shows."""
-    return value.flip(0) * 1.25 if isinstance(value, Tensor) and value.is_floating_point() and value.dim() else value
+    """Floats changed within their range, so that what a network takes from them in Python shows."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or not value.dim():
+        return value
+    mixed = 0.6 * value + 0.4 * value.flip(tuple(range(value.dim())))
+    if torch.equal(mixed, value):  # all the same, as torch.zeros is
+        mixed = torch.rand(value.shape, generator=torch.Generator().manual_seed(0)).to(value)
+    return mixed
 
 
 def _require_quantized(module: nn.Module) -> None:
@@ -148,6 +163,7 @@ class Lowering:
         require_same_numbers(node, twin, takes_sizes(node.target))
         args, kwargs = tree_map(self._operand, (node.args, node.kwargs))
         target = node.target
+        args, kwargs = without_batch(twin, args, kwargs)
         args, kwargs = self._with_zeros(node, twin, args, kwargs)
         self.build.output_size = None
         if isinstance(target, (LowBitLayer, LowBitBatchNorm)) and "input" in kwargs:

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_lowbit.errors import UnsupportedModelError
 from lightning_lowbit.export.moves import BATCHES
 from lightning_lowbit.export.record import Node, Recording, Ref
 
-__all__ = ["alive", "refs_of", "require_same_calls", "require_same_numbers"]
+__all__ = ["alive", "refs_of", "require_same_calls", "require_same_numbers", "without_batch"]
 
 
 def refs_of(structure: Any) -> list[Ref]:
@@ -67,13 +67,29 @@ def _same(a: Any, b: Any, scales: bool) -> bool:
         return type(a) is type(b)
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         zeros = a.dim() == b.dim() and not bool(a.any()) and not bool(b.any())
-        return zeros or (a.shape == b.shape and torch.equal(a, b))
+        return zeros or (a.shape == b.shape and torch.equal(a, b)) or _same_rows(a, b)
     if type(a) is int and type(b) is int and scales and a != b:
         return a * BATCHES[1] == b * BATCHES[0]
     if isinstance(a, slice) and isinstance(b, slice):
         ends = ((a.start, b.start), (a.stop, b.stop), (a.step, b.step))
         return all(_same(x, y, scales) for x, y in ends)
     return bool(a == b) if type(a) is type(b) else False
+
+
+def _same_rows(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are one row, repeated for every sample."""
+    sizes = a.dim() > 0 and a.dim() == b.dim() and (len(a), len(b)) == BATCHES
+    return sizes and a.shape[1:] == b.shape[1:] and all(torch.equal(x, a[:1].expand_as(x)) for x in (a, b))
+
+
+def without_batch(twin: Node, args: Any, kwargs: Any) -> Any:
+    """Arguments of a call; of constants that were repeated for every sample one row."""
+    leaves, tree = tree_flatten((args, kwargs))
+    others = tree_flatten((twin.args, twin.kwargs))[0]
+    for index, (x, other) in enumerate(zip(leaves, others, strict=True)):
+        if isinstance(x, Tensor) and isinstance(other, Tensor) and bool(x.any()) and _same_rows(x, other):
+            leaves[index] = x[:1]
+    return tree_unflatten(leaves, tree)
 
 
 def _shown(value: Any) -> str:

@@ -126,6 +126,30 @@ def test_lowering_within_inference_mode() -> None:
         assert same(program(images(3)), net(images(3)))
 
 
+def test_inputs_that_the_network_checks() -> None:
+    class Pixels(Net):
+        def forward(self, x: Tensor) -> Any:
+            assert float(x.min()) >= 0
+            assert float(x.max()) <= 1
+            return super().forward(x)
+
+    net, x = Pixels(lambda x: x), torch.rand(4, 3, 6, 6)
+    assert same(lower(low(net, x), x).run(x), net(x))
+
+
+def test_an_example_of_zeros_hides_nothing() -> None:
+    net = low(Net(lambda x: x / (1 + float(x.detach().max()))), images())
+    with pytest.raises(UnsupportedModelError, match="for one batch and with"):
+        lower(net, torch.zeros(1, 3, 6, 6))
+
+
+def test_constants_that_are_repeated_for_every_sample() -> None:
+    torch.manual_seed(0)
+    token = torch.randn(1, 4, 6, 6)
+    net = low(Net(lambda x: x + token.expand(len(x), -1, -1, -1)), images())
+    assert same(lower(net, images()).run(images(5)), net(images(5)))
+
+
 def test_calls_that_only_check_something_are_left_out() -> None:
     def behind(x: Tensor) -> Tensor:
         if bool(x.abs().sum() > 1e9):
