@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from torch import nn
@@ -76,8 +77,12 @@ def edge_classes(root: nn.Module, flow: Flow, plan: Plan) -> list[EdgeClass]:
     return _Tracker(root, flow, plan).classes()
 
 
-def others_read(call: Call, flow: Flow, plan: Plan) -> bool:
-    """Whether a call's values, perhaps moved, leave the network or enter a call that is not converted."""
+def others_read(call: Call, flow: Flow, plan: Plan, passing: frozenset[Any] = frozenset()) -> bool:
+    """Whether a call's values, perhaps moved, leave the network or enter a call that is not converted.
+
+    Args:
+        passing: operations, as (owner, key), that hand on what they read without a quantizer.
+    """
     layers, norms = {layer.path for layer in plan.layers}, {layer.batch_norm for layer in plan.layers}
     ops = {(op.owner, op.key) for op in plan.ops if op.kind is not Kind.ACTIVATION}
 
@@ -85,7 +90,8 @@ def others_read(call: Call, flow: Flow, plan: Plan) -> bool:
         if call in flow.exits:
             return True
         for reader in call.readers:
-            if reader.kind is Kind.KEEP or (reader.kind is Kind.BATCH_NORM and reader.path in norms):
+            handed_on = reader.kind is Kind.KEEP or (reader.owner, reader.key) in passing
+            if handed_on or (reader.kind is Kind.BATCH_NORM and reader.path in norms):
                 if reach(reader):
                     return True
             elif (reader.owner, reader.key) not in ops and not (reader.kind is Kind.COMPUTE and reader.path in layers):

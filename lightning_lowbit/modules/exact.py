@@ -61,8 +61,11 @@ def narrow_for_others(root: nn.Module, flow: Flow, plan: Plan) -> None:
     for module in root.modules():
         if isinstance(module, Quantizer):
             module.__dict__["like"] = first
+    bare = frozenset(
+        (op.owner, op.key) for op in plan.ops if getattr(root.get_submodule(op.path), "lowbit_output", None) is None
+    )
     for call in flow.calls:
-        if call.path in layers and others_read(call, flow, plan):
+        if call.path in layers and others_read(call, flow, plan, bare):
             root.get_submodule(call.path).__dict__["narrow"] = True
 
 

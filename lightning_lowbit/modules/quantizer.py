@@ -120,8 +120,7 @@ class Quantizer(nn.Module):
         if mode is Mode.LOWBIT and self.switch.started and self.ready:
             if self.switch.tally is not None:
                 self.switch.tally.count(self, F.relu(x) if rectify else x)
-            y = self.quantize(x, rectify)
-            return y if self.like is None else y.to(self.like.weight.dtype)
+            return self._carried(self.quantize(x, rectify))
         if rectify:
             x = F.relu(x)
         if mode is Mode.OBSERVE and self.site.role not in (
@@ -129,7 +128,10 @@ class Quantizer(nn.Module):
             "bias",
         ):  # those are read once, not per batch
             self.observe(x.detach())
-        return x
+        return self._carried(x)
+
+    def _carried(self, x: Tensor) -> Tensor:
+        return x.to(self.like.weight.dtype) if self.like is not None and x.dtype == torch.float64 else x
 
     def set_ready(self, ready: bool = True) -> None:
         """Mark the whole tie as calibrated, or as waiting for calibration."""
