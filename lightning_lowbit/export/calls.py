@@ -51,7 +51,8 @@ def lower_call(
         return own(build, *args, **kwargs)
     if _max_pool(target) is not None:
         dims, adaptive = _max_pool(target) or (0, False)
-        return largest(build, args[0], dims, adaptive, *args[1:], **kwargs, **_settings(target))
+        x, *rest = args if args else (kwargs.pop("input"),)
+        return largest(build, x, dims, adaptive, *rest, **kwargs, **_settings(target))
     kind = _classify(target, args, kwargs)
     operands = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Held)]
     if kind is Kind.KEEP:

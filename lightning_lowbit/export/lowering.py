@@ -15,13 +15,11 @@ from lightning_lowbit.export.builder import Held, ProgramBuilder
 from lightning_lowbit.export.calls import joins, lower_call, name_of, takes_sizes
 from lightning_lowbit.export.moves import BATCHES, symbolic
 from lightning_lowbit.export.program import IntegerProgram
-from lightning_lowbit.export.record import Node, Recording, Ref, record
+from lightning_lowbit.export.record import Node, Recording, Ref, in_evaluation, record
 from lightning_lowbit.export.twins import alive, refs_of, require_same_calls, require_same_numbers, without_batch
 from lightning_lowbit.modules.base import LowBitModule, Mode, low_bit_modules, switch_of
 from lightning_lowbit.modules.convert import quantizers
-from lightning_lowbit.modules.layers import LowBitLayer
 from lightning_lowbit.modules.lowering import refuse
-from lightning_lowbit.modules.norm import LowBitBatchNorm
 from lightning_lowbit.modules.quantizer import Quantizer
 
 __all__ = ["Lowering", "lower", "lowering_of", "samples_of"]
@@ -58,13 +56,8 @@ def lowering_of(module: nn.Module, example_input: Any = None) -> Lowering:
             f"{type(module).__name__}: got no example input. Give a batch, lower(module, x), or set "
             "self.example_input_array."
         )
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
+    with in_evaluation(module):
         return Lowering(module, _recorded_twice(module, given))
-    finally:
-        for part in training:
-            part.training = True
 
 
 def samples_of(given: Any, batch: int) -> tuple[Any, ...]:
@@ -166,7 +159,7 @@ class Lowering:
         args, kwargs = without_batch(twin, args, kwargs)
         args, kwargs = self._with_zeros(node, twin, args, kwargs)
         self.build.output_size = None
-        if isinstance(target, (LowBitLayer, LowBitBatchNorm)) and "input" in kwargs:
+        if isinstance(target, LowBitModule) and "input" in kwargs:
             args, kwargs = (kwargs.pop("input"), *args), kwargs
         if isinstance(target, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
             self.build.output_size = args[1] if len(args) > 1 else kwargs.get("output_size")

@@ -5,6 +5,7 @@ It is the very forward that a validation runs: hooks watch it and change nothing
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ from lightning_lowbit.modules.base import LowBitModule
 from lightning_lowbit.modules.carrier import Carrier
 from lightning_lowbit.modules.quantizer import Quantizer
 
-__all__ = ["Node", "Recording", "Ref", "record"]
+__all__ = ["Node", "Recording", "Ref", "in_evaluation", "record"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,21 @@ _ONLY_SHAPES = frozenset({
     "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty",
 })  # fmt: skip
 
+_ALONE = threading.Lock()  # what watches a network is seen by all threads
+
 Watch = Callable[[Ref, Tensor], None]
+
+
+@contextmanager
+def in_evaluation(module: nn.Module) -> Iterator[None]:
+    """A network in evaluation mode, each of its parts left in the mode that it was in."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 @torch.inference_mode(False)
@@ -86,6 +101,11 @@ def record(module: nn.Module, inputs: Sequence[Any], watch: Watch | None = None)
     if module.training:
         raise UnsupportedModelError(f"{type(module).__name__}: got a module in training mode. Call eval() on it first.")
     inputs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) and x.is_inference() else x, tuple(inputs))
+    with _ALONE:
+        return _recorded(module, inputs, watch)
+
+
+def _recorded(module: nn.Module, inputs: Sequence[Any], watch: Watch | None) -> Recording:
     recorder = _Recorder(module, watch)
     known = 0
     for tensor in tree_flatten(inputs)[0]:
@@ -172,7 +192,11 @@ class _Recorder(TorchFunctionMode):
         """Hooks on all modules; a carrier that becomes a plain tensor stays the same value."""
         plain, entered = Carrier.plain, []
 
+        here = threading.get_ident()
+
         def aliased(carrier: Carrier) -> Tensor:
+            if threading.get_ident() != here:
+                return plain(carrier)
             self.depth += 1
             try:
                 tensor = plain(carrier)
@@ -185,6 +209,8 @@ class _Recorder(TorchFunctionMode):
             return tensor
 
         def enter(module: nn.Module, args: Any) -> None:
+            if threading.get_ident() != here:
+                return
             if id(module) in self.leaves:
                 entered.append(None if self.depth else (self.refs(args), [id(x) for x in tree_flatten(args)[0]]))
                 self.depth += 1
@@ -192,6 +218,8 @@ class _Recorder(TorchFunctionMode):
                 self.owners.append(self.paths.get(id(module), ""))
 
         def leave(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+            if threading.get_ident() != here:
+                return
             if id(module) in self.leaves:
                 self.depth -= 1
                 before = entered.pop()

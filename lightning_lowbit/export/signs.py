@@ -72,10 +72,11 @@ def line(build: ProgramBuilder, x: Held, exponent: int, rounding: str, low: int,
     held = again(build, chain.before, replace(x, value=chain.value))
     carried = build.carried.pop(held.name, None)  # its rounding is in the line
     held = build.move(held, lambda t: t.transpose(1, chain.axis))
-    one = torch.ones(chain.channels, dtype=torch.int64)
-    constants = {"mean": 0 * one, "s": one, "gamma": slopes, "beta": offsets}
-    names = ("fraction_in", "mean_fraction", "s_fraction", "xhat_fraction", "out_fraction", "product_fraction")
-    held = build.normalize(held, {**dict.fromkeys(names, 0), "limit": None}, constants, shift - exponent)
+    if bool((slopes != 1).any()) or bool(offsets.any()):  # more than a shift
+        one = torch.ones(chain.channels, dtype=torch.int64)
+        constants = {"mean": 0 * one, "s": one, "gamma": slopes, "beta": offsets}
+        names = ("fraction_in", "mean_fraction", "s_fraction", "xhat_fraction", "out_fraction", "product_fraction")
+        held = build.normalize(held, {**dict.fromkeys(names, 0), "limit": None}, constants, shift - exponent)
     if carried is not None:
         build.carried[chain.value.name] = carried
     ends = {"shift": shift, "axis": None, "rounding": rounding, "low": low, "high": high}
@@ -109,8 +110,20 @@ def _line(
     most = np.where(first > -k, unit - a * (first - 1), _NONE).min(1, initial=_NONE)
     if bool((least >= most).any()):
         return None
-    offsets = np.where(least > -_NONE, least, np.where(most < _NONE, most - 1, 0))
-    return torch.from_numpy(turn[:, 0] * a[:, 0]), torch.from_numpy(offsets), shift, int(ends.min()), int(ends.max())
+    offsets = np.clip(0, least, most - 1)
+    twos = _common_twos(np.concatenate([a[:, 0], offsets]), shift)  # a shift alone needs no wide products
+    slopes, offsets = turn[:, 0] * (a[:, 0] >> twos), offsets >> twos
+    return torch.from_numpy(slopes), torch.from_numpy(offsets), shift - twos, int(ends.min()), int(ends.max())
+
+
+def _common_twos(numbers: Array, most: int) -> int:
+    """How often 2 divides all of the numbers, at most so often.
+
+    >>> _common_twos(np.array([8, 0, -12]), 5), _common_twos(np.array([0]), 5)
+    (2, 5)
+    """
+    bits = int(np.bitwise_or.reduce(np.abs(numbers)))
+    return most if bits == 0 else min(most, (bits & -bits).bit_length() - 1)
 
 
 def _least(codes: Array, shift: int, rounding: str) -> Array:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.export.lowering import lowering_of
 from lightning_lowbit.export.program import IntegerProgram, ProgramError
+from lightning_lowbit.export.record import in_evaluation
 from lightning_lowbit.export.verify_compare import Comparison
 from lightning_lowbit.export.verify_observe import Observer, fits
 from lightning_lowbit.export.verify_program import parting
@@ -45,12 +45,19 @@ def verify(
     Raises:
         ConfigError: the network runs in float, the program is of another network, or a batch does not fit it.
     """
+    if not isinstance(program, IntegerProgram) or not isinstance(module, nn.Module):
+        raise ConfigError(
+            f"verify: got a {type(module).__name__} and a {type(program).__name__}, expected verify(module, program, "
+            "batches); a program's file is read by IntegerProgram.load(path)."
+        )
+    if not tolerance >= 0:
+        raise ConfigError(f"verify: got tolerance={tolerance!r}, expected a number of 0 or more.")
     given = _arguments(program, [batches] if isinstance(batches, Tensor) else batches)
     first = next(given, None)
     if first is None:
         raise ConfigError("verify: got no batch, expected at least one. Give a loader, or a list of tensors.")
     comparison, hasher, number = Comparison(program, tolerance), hashlib.sha256(), 0
-    with _in_evaluation(module):
+    with in_evaluation(module):
         lowering = lowering_of(module, _on_device(first, module))
         parted = parting(program, lowering.program)
         paths = [node.path for node in lowering.small.nodes]
@@ -80,17 +87,6 @@ def _certificate(
         entries=found.entered(), tolerance=found.tolerance, float_error=found.float_error,
         accumulators=found.accumulators(), digests=digests,
     )  # fmt: skip
-
-
-@contextmanager
-def _in_evaluation(module: nn.Module) -> Iterator[None]:
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 def _require_calls(expected: list[str], got: list[str], batch: int) -> None:

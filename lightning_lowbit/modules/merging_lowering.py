@@ -24,6 +24,11 @@ def lower_merged(build: Builder, layer: Any, x: Codes) -> Codes:
     if not layer.lowbit_weight.has_exponent:
         raise refuse(layer.path, "the scale of its weights is no power of two", "Convert with power2=True.")
     group = layer.group
+    if layer._forward_hooks and (group.end is not None or layer.norm is not None):
+        raise refuse(
+            layer.path, "a forward_hook of yours reads it before the norm and the rectifier that it stands for",
+            "Remove the hook.",
+        )  # fmt: skip
     x = build.snap(x, layer.lowbit_input)
     weight, bias, scale = quantized(layer)
     if x.is_float or (bias is not None and layer.lowbit_bias is None):

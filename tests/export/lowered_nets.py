@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from export.layered import Net
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
@@ -17,19 +18,6 @@ from lightning_lowbit import convert
 __all__ = ["NETS", "TELLING", "Net", "between", "conv", "differing", "low", "ready"]
 
 IMAGE, SIGNAL, WORDS, VOLUME = (3, 8, 8), (3, 9), (5, 6), (2, 4, 4, 4)
-
-
-class Net(nn.Module):
-    """Layers by name, and what is done with them."""
-
-    def __init__(self, run: Callable[[Any, Tensor], Any], **layers: nn.Module) -> None:
-        super().__init__()
-        self.run = run
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.run(self, x)
 
 
 def conv(i: int = 3, o: int = 4, kernel: int = 3, **options: Any) -> nn.Module:

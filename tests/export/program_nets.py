@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+from export.layered import Net
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
@@ -16,19 +17,6 @@ from lightning_lowbit.callbacks.quant import QuantCallback
 from lightning_lowbit.export.program import IntegerProgram
 
 __all__ = ["NETS", "Net", "built", "close", "conv", "differing", "fitted", "functions"]
-
-
-class Net(nn.Module):
-    """Layers by name, and what is done with them."""
-
-    def __init__(self, run: Callable[[Any, Tensor], Any], **layers: nn.Module) -> None:
-        super().__init__()
-        self.run = run
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.run(self, x)
 
 
 def conv(i: int = 3, o: int = 3, kernel: int = 3, **options: Any) -> nn.Conv2d:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from export.layered import Net
 from export.random_graphs import random_batch, random_net
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,19 +26,6 @@ from lightning_lowbit.modules.elementwise import LowBitAdd
 from lightning_lowbit.numerics.integer_affine import integer_affine
 from lightning_lowbit.numerics.rounding import Rounding, round_to
 from lightning_lowbit.schemes.niti import Niti
-
-
-class Net(nn.Module):
-    """Layers by name, and what is done with them."""
-
-    def __init__(self, run: Callable[[Any, Tensor], Any], **layers: nn.Module) -> None:
-        super().__init__()
-        self.run = run
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.run(self, x)
 
 
 def conv(i: int = 3, o: int = 3, kernel: int = 3, **options: Any) -> nn.Module:
