@@ -107,11 +107,10 @@ def _require_quantized(module: nn.Module) -> None:
             f"{type(module).__name__}: got a network that runs in float, expected one that was trained or calibrated "
             "in low bits. Fit it with QuantCallback(), load a low-bit checkpoint, or convert it with example_input=."
         )
-    parts = [part for _, part in low_bit_modules(module)]
-    waiting = [q.site.key for _, q in quantizers(module) if not q.ready and q.has_grid and not q.waits]
-    if parts and waiting and len(waiting) == len(quantizers(module)):
+    placed = [quantizer for _, quantizer in quantizers(module)]
+    if placed and not any(q.ready or q.waits or not q.has_grid for q in placed):
         raise ConfigError(
-            f"{waiting[0]}: no quantizer of {type(module).__name__} was calibrated. Train or calibrate it first."
+            f"{placed[0].site.key}: nothing of {type(module).__name__} was calibrated. Train or calibrate it first."
         )
 
 
@@ -152,18 +151,9 @@ class Lowering:
             self.inputs.append(x.name)
 
     def _call(self, node: Node, twin: Node) -> None:
-        self.build.path = node.path
-        require_same_numbers(node, twin, takes_sizes(node.target))
-        args, kwargs = tree_map(self._operand, (node.args, node.kwargs))
-        target = node.target
-        args, kwargs = without_batch(twin, args, kwargs)
-        args, kwargs = self._with_zeros(node, twin, args, kwargs)
-        self.build.output_size = None
-        if isinstance(target, LowBitModule) and "input" in kwargs:
-            args, kwargs = (kwargs.pop("input"), *args), kwargs
-        if isinstance(target, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
-            self.build.output_size = args[1] if len(args) > 1 else kwargs.get("output_size")
-            args, kwargs = args[:1], {}
+        self.build.path, target = node.path, node.target
+        require_same_numbers(node, twin, takes_sizes(target))
+        args, kwargs = self._arguments(node, twin)
         if isinstance(target, Quantizer):
             result = self._quantizer(node.path, target, *args, **kwargs)
         elif isinstance(target, LowBitModule):
@@ -181,6 +171,19 @@ class Lowering:
             self.held[ref] = value
             if isinstance(value, Held) and value.count is None:
                 self.sources.setdefault(value.name, ref)
+
+    def _arguments(self, node: Node, twin: Node) -> Any:
+        """Of a call, tensors as the program's; an output's size is told apart."""
+        args, kwargs = tree_map(self._operand, (node.args, node.kwargs))
+        args, kwargs = without_batch(twin, args, kwargs)
+        args, kwargs = self._with_zeros(node, twin, args, kwargs)
+        if isinstance(node.target, LowBitModule) and "input" in kwargs:
+            args = (kwargs.pop("input"), *args)
+        self.build.output_size = None
+        if isinstance(node.target, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+            self.build.output_size = args[1] if len(args) > 1 else kwargs.get("output_size")
+            args, kwargs = args[:1], {}
+        return args, kwargs
 
     def _with_zeros(self, node: Node, twin: Node, args: Any, kwargs: Any) -> Any:
         """Arguments of what joins tensors, and of ours: zeros among them become zeros of the program."""
