@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from launch import run_script
 from lightning.pytorch import Trainer
 
@@ -60,8 +61,21 @@ def read_all(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two steps of every scheme, its three files, what they should give, and what a fresh process makes of them."""
-    folder = tmp_path_factory.mktemp("files")
+    """Two steps of every scheme, its three files, what they should give, and what a fresh process makes of them.
+
+    Made once for all workers of a test run.
+    """
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "files_of_every_scheme"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "made").exists():
+            folder.mkdir()
+            make_all(folder)
+            (folder / "made").touch()
+    return folder
+
+
+def make_all(folder: Path) -> None:
     data = DigitsData(batch_size=360)
     for scheme in SCHEMES:
         torch.manual_seed(0)
@@ -80,7 +94,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             images = next(iter(data.predict_dataloader()))[0]
             np.save(folder / f"{scheme}.npy", module(images).argmax(1).numpy())
     run_script(Path(__file__), folder)
-    return folder
 
 
 @pytest.mark.parametrize("kind", KINDS)
