@@ -32,7 +32,7 @@ def c99(program: IntegerProgram, images: np.ndarray, folder: Path) -> np.ndarray
     subprocess.run(["cc", "-std=c99", "-O2", "-fPIC", "-shared", "digits.c", "-o", "digits.so"], cwd=folder, check=True)
     c = ctypes.CDLL(str((folder / "digits.so").resolve()))
     assert c.main() == 0, "the file's own check failed"
-    codes, sums, logits = np.empty(64, np.int64), np.empty(10, np.int64), np.empty((len(images), 10), np.float32)
+    codes, sums, logits = np.empty(images[0].size, np.int64), np.empty(10, np.int64), np.empty((len(images), 10), "f4")
     for image, row in zip(images, logits, strict=True):
         x, q, s, y = (ctypes.c_void_p(array.ctypes.data) for array in (image, codes, sums, row))
         c.network_quantize_input(x, q), c.network_run_codes(q, s), c.network_dequantize_output(s, y)

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> dict[str, tuple[float, int]]:
         "PyTorch": wanted,
         "numpy alone": in_parts(lambda part: numpy_alone(program, part, args.folder)),
         "ONNX Runtime, integers": in_parts(lambda part: onnx_runtime(program, part, args.folder, "integer")),
-        "C99": in_parts(lambda part: c99(program, part, args.folder)),
+        "C99": c99(program, x.numpy(), args.folder),
     }
     rows = {}
     for who, logits in found.items():
