@@ -77,10 +77,15 @@ def _proved(layer: LowBitLayer, weight: Tensor, bias: Tensor | None) -> bool:
     if source is None or quantizer is None or unit is None or not integers:
         return True
     largest = max(-source.qmin, source.qmax)
-    if torch.compiler.is_compiling():  # reads no value: the largest weight in every place
-        terms = math.prod(weight.shape) // weight.shape[layer.out_axis]
-        return bias is None and terms * largest * 2 ** (quantizer.bits - 1) < FLOAT32_EXACT  # type: ignore[operator]  # a number
-    finest = unit if layer.lowbit_bias is None else torch.minimum(unit, layer.lowbit_bias.exponent())
+    # First by the largest weight that there could be in every place: most layers are narrow enough.
+    terms = math.prod(weight.shape) // weight.shape[layer.out_axis]
+    most = terms * largest * 2 ** (quantizer.bits - 1)  # type: ignore[operator]  # a number
+    if torch.compiler.is_compiling():  # reads no value
+        return bias is None and most < FLOAT32_EXACT
+    own = layer.lowbit_bias is not None and getattr(layer.lowbit_bias, "own", True)  # else on the step of the products
+    if not own and most + (0 if bias is None else float(bias.abs().amax()) * 2.0 ** -int(unit)) < FLOAT32_EXACT:
+        return True
+    finest = torch.minimum(unit, layer.lowbit_bias.exponent()) if own and layer.lowbit_bias is not None else unit
     codes = weight.double() * pow2(unit - finest - quantizer.exponent(), torch.float64)
     biases = None if bias is None else bias.double() * pow2(-finest, torch.float64)
     return float_sums_exact(codes, largest, biases, layer.out_axis, layer.groups)
