@@ -1,4 +1,4 @@
-"""What a binary network does while it learns, counted: signs that flip, latents at the clip, inputs of the signs."""
+"""What quantizers do while a network learns, counted: noise, codes that change or are never used, signs that flip."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from torchmetrics import Metric
 
 from lightning_lowbit.errors import ConfigError
 
-__all__ = ["ClippedShare", "FlipRatio", "NanCount", "OutsideShare", "Share", "ZeroShare"]
+__all__ = [
+    "ClippedShare", "CodeFlips", "DeadBits", "FlipRatio", "NanCount", "OutsideShare", "SaturatedShare", "Share", "Sqnr",
+    "ZeroShare",
+]  # fmt: skip
 
 
 def _count() -> Tensor:
@@ -149,3 +152,94 @@ class NanCount(Metric):
 
     def compute(self) -> Tensor:
         return self.nan
+
+
+class Sqnr(Metric):
+    """Signal over quantization noise in decibels, 10 log10(sum x^2 / sum (y - x)^2).
+
+    Infinite where nothing was rounded, NaN of a NaN. A bit more is worth 6 dB.
+
+    >>> Sqnr()(torch.tensor([1.0, 0.5, 0.1]), torch.tensor([1.0, 0.5, 0.0]))
+    tensor(21.0037, dtype=torch.float64)
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    signal: Tensor
+    noise: Tensor
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.add_state("signal", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("noise", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, x: Tensor, y: Tensor) -> None:
+        """Compare float values ``x`` with the quantized ``y``, of one shape."""
+        x, y = x.double(), y.double()
+        self.signal = self.signal + x.square().sum()
+        self.noise = self.noise + (y - x).square().sum()
+
+    def compute(self) -> Tensor:
+        return torch.where(self.noise == 0, torch.inf, 10 * torch.log10(self.signal / self.noise))
+
+
+class SaturatedShare(Share):
+    """Values beyond the grid, as a quantizer counts them.
+
+    >>> SaturatedShare()(torch.tensor(3), 12)
+    tensor(0.2500)
+    """
+
+    name = "saturated"
+
+    def counted(self, x: Tensor) -> Tensor:
+        return x
+
+    def update(self, saturated: Tensor, seen: int) -> None:  # type: ignore[override]  # counted by the quantizer
+        """Add ``saturated`` (0-dim) among ``seen`` values."""
+        self._add(saturated, seen)
+
+
+class CodeFlips(Share):
+    """Share of codes that are others than they were; of signs and of any width.
+
+    >>> CodeFlips()(torch.tensor([3, -1, 0, 5]), torch.tensor([3, -2, 0, 5]))
+    tensor(0.2500)
+    """
+
+    name = "changed"
+
+    def counted(self, x: Tensor) -> Tensor:
+        return x
+
+    def update(self, before: Tensor, after: Tensor) -> None:  # type: ignore[override]  # of a change
+        """Compare codes of one shape."""
+        self._add(before != after, before.numel())
+
+
+class DeadBits(Metric):
+    """Top bits that no code uses: the range is 2^n times as wide as the values are; NaN where none was seen.
+
+    >>> DeadBits()(torch.tensor([-32, 31, 0]), 7), DeadBits()(torch.tensor([-33, 0]), 7)
+    (tensor(2.), tensor(1.))
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    reach: Tensor
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.bits = 0
+        self.add_state("reach", torch.full((), -1.0, dtype=torch.float64), dist_reduce_fx="max")
+
+    def update(self, codes: Tensor, bits: int) -> None:
+        """Look at codes of any shape and real dtype that have so many ``bits`` beside the sign."""
+        self.bits = bits
+        if codes.numel():
+            low, high = codes.double().aminmax()
+            self.reach = torch.maximum(self.reach, torch.maximum(high, -1 - low))  # -2^n needs n bits, as 2^n - 1 does
+
+    def compute(self) -> Tensor:
+        used = torch.frexp(self.reach).exponent
+        return torch.where(self.reach < 0, torch.nan, (self.bits - used).clamp(min=0).float())
