@@ -1,0 +1,1 @@
+"""Other people's packages that need a hand to run beside the Lightning of today; imported when asked for."""
