@@ -8,7 +8,7 @@ READY := .venv/.ready
 # -qq: quiet about the package folders that hold only some of the packages, not about errors.
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench torture
+.PHONY: demo test lint docs bench torture
 
 # One thread: on images of 8x8 more threads only wait for each other, for minutes where cores are busy.
 demo: $(READY)
@@ -20,6 +20,14 @@ test: $(READY)
 lint: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+
+# The theme announces its own end of life at every build; that is no warning of ours.
+docs: .venv/.docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q
+
+.venv/.docs: $(READY)
+	@$(PIP) -e '.[docs]'
+	@touch $@
 
 bench: $(READY)
 	@$(BIN)/python benchmarks/qat_step.py

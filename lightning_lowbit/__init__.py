@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lightning_lowbit.callbacks.fold import FoldBatchNorm
     from lightning_lowbit.callbacks.fraclen import FraclenSchedule
     from lightning_lowbit.callbacks.freeze import Freeze
+    from lightning_lowbit.callbacks.monitor import QuantMonitor
     from lightning_lowbit.callbacks.quant import QuantCallback
     from lightning_lowbit.export.c99 import export_c
     from lightning_lowbit.export.lowering import lower
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from lightning_lowbit.plugins.loading import load_from_checkpoint
     from lightning_lowbit.plugins.precision import LowBitPrecision, lowbit_step
     from lightning_lowbit.plugins.strategy import LowBitDDPStrategy, LowBitStrategy
+    from lightning_lowbit.reports.html import html_report
+    from lightning_lowbit.reports.sensitivity import sensitivity
     from lightning_lowbit.reports.summary import summarize
     from lightning_lowbit.schemes import convert
     from lightning_lowbit.schemes.bnn import Bnn
@@ -57,6 +60,7 @@ __all__ = [
     "LowBitStrategy",
     "Niti",
     "QuantCallback",
+    "QuantMonitor",
     "Scheme",
     "Tqt",
     "TrainingCertificate",
@@ -67,11 +71,13 @@ __all__ = [
     "export_onnx",
     "float_mode",
     "float_state_dict",
+    "html_report",
     "load_from_checkpoint",
     "lowbit_step",
     "lower",
     "pack",
     "save_compact",
+    "sensitivity",
     "summarize",
     "verify",
 ]
@@ -93,6 +99,7 @@ _HOME = {
     "LowBitStrategy": "plugins.strategy",
     "Niti": "schemes.niti",
     "QuantCallback": "callbacks.quant",
+    "QuantMonitor": "callbacks.monitor",
     "Scheme": "modules.base",
     "Tqt": "schemes.tqt",
     "TrainingCertificate": "callbacks.certificate",
@@ -103,11 +110,13 @@ _HOME = {
     "export_onnx": "export.onnx",
     "float_mode": "modules.base",
     "float_state_dict": "plugins.checkpoint",
+    "html_report": "reports.html",
     "load_from_checkpoint": "plugins.loading",
     "lowbit_step": "plugins.precision",
     "lower": "export.lowering",
     "pack": "export.packed",
     "save_compact": "plugins.checkpoint",
+    "sensitivity": "reports.sensitivity",
     "summarize": "reports.summary",
     "verify": "export.verify",
 }

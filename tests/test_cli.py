@@ -215,7 +215,7 @@ def test_schemes_lists_every_registered_scheme(capsys: pytest.CaptureFixture[str
 def test_subcommands_are_those_of_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--help"])
-    assert "{schemes,verify,fit,validate,test,predict}" in capsys.readouterr().out
+    assert "{export,verify,schemes,fit,validate,test,predict}" in capsys.readouterr().out
 
 
 def last_accuracy(folder: Path) -> str:

@@ -83,8 +83,10 @@ def _proved(layer: LowBitLayer, weight: Tensor, bias: Tensor | None) -> bool:
     if torch.compiler.is_compiling():  # reads no value
         return bias is None and most < FLOAT32_EXACT
     own = layer.lowbit_bias is not None and getattr(layer.lowbit_bias, "own", True)  # else on the step of the products
-    if not own and most + (0 if bias is None else float(bias.detach().abs().amax()) * 2.0 ** -int(unit)) < FLOAT32_EXACT:
-        return True
+    if not own:
+        added = 0.0 if bias is None else float(bias.detach().abs().amax()) * 2.0 ** -int(unit)
+        if most + added < FLOAT32_EXACT:
+            return True
     finest = torch.minimum(unit, layer.lowbit_bias.exponent()) if own and layer.lowbit_bias is not None else unit
     codes = weight.double() * pow2(unit - finest - quantizer.exponent(), torch.float64)
     biases = None if bias is None else bias.double() * pow2(-finest, torch.float64)

@@ -1,0 +1,312 @@
+"""``export`` and ``verify``: a trained network's integers as files, and whether they are its integers."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import io
+import itertools
+import json
+import os
+import pickle
+import pydoc
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import instantiate_module
+
+from lightning_lowbit.cli.parser import LowBitParser
+from lightning_lowbit.errors import ConfigError, InvariantError, UnsupportedModelError
+from lightning_lowbit.export.c99 import export_c
+from lightning_lowbit.export.lowering import lower
+from lightning_lowbit.export.onnx import export_onnx
+from lightning_lowbit.export.program import IntegerProgram, ProgramError
+from lightning_lowbit.export.verify import verify as verify_program
+from lightning_lowbit.plugins.loading import load_from_checkpoint
+from lightning_lowbit.reports.certificate import compare, read_certificate
+
+__all__ = ["EXPORT_HELP", "REFUSALS", "VERIFY_HELP", "export", "verify"]
+
+EXPORT_HELP = "Write the integers of a trained network as files: a program for numpy, ONNX, C."
+VERIFY_HELP = "Say whether a program has its network's integers, or whether two runs of training hold the same bits."
+REFUSALS = (ConfigError, UnsupportedModelError, ProgramError)
+
+SUFFIXES = {"program": ".lowbit", "onnx": ".onnx", "qdq": "_qdq.onnx", "clip": "_clip.onnx", "c": ".c"}
+STAGES = {"val": "validate", "test": "test", "predict": "predict", "train": "fit"}  # what a Trainer's setup is told
+
+
+# -- export ----------------------------------------------------------------------------------------------------------
+def export(words: list[str]) -> int:
+    """Run ``lightning-lowbit export``: all files are written, or none.
+
+    Returns:
+        exit status: 0, or 1 where a form cannot hold the network, with the reason on stderr.
+    """
+    args = _export_parser().parse_args(_with_config(words), defaults=False)
+    try:
+        reports = _export(args)
+    except (*REFUSALS, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(*reports, sep="\n")
+    return 0
+
+
+def _export_parser() -> LowBitParser:
+    parser = LowBitParser(prog="lightning-lowbit export", description=EXPORT_HELP)
+    _add_network(parser)
+    forms = "program (numpy alone), onnx (integers), qdq (ONNX for int8 kernels), clip (ONNX for TI's tools), c (C99)"
+    parser.add_argument("--to", nargs="+", choices=list(SUFFIXES), required=True, help=f"One or more of: {forms}.")
+    parser.add_argument(
+        "--output", type=str, required=True,
+        help="The file. For several forms, or without a suffix, the name that each form completes: "
+        + ", ".join(f"NAME{suffix}" for suffix in SUFFIXES.values()) + ".",
+    )  # fmt: skip
+    parser.add_argument(
+        "--input_shape", nargs="+", type=int,
+        help="Of the input and its batch: 1 3 32 32. Else the model's example_input_array, or a batch of --data.",
+    )  # fmt: skip
+    parser.add_argument("--opset", type=int, help="Of ONNX files; each form has a default.")
+    parser.add_argument(
+        "--weight_type", choices=["int8", "uint8"], help="Of qdq; uint8 is exact on x86 without VNNI, and slower with."
+    )
+    parser.add_argument(
+        "--allow_inexact", action="store_true",
+        help="Write qdq even where it rounds otherwise than the network; needs --data, on which it is measured.",
+    )  # fmt: skip
+    parser.add_argument("--name", type=str, help="What names in C begin with (network).")
+    pair = tuple[float | list[float], float | list[float]]
+    parser.add_argument(
+        "--pixels", type=pair, help="[mean, std], numbers or lists: C then takes uint8 images [H, W, C] as well."
+    )
+    return parser
+
+
+def _export(args: Any) -> list[str]:
+    targets = _targets(args.to, args.output, args.ckpt)
+    module = _network(args)
+    batch = None if args.get("data") is None else _first_batch(args, module)
+    program = _lowered(module, args.get("input_shape"), batch)
+    samples = batch if batch is None or len(batch) > 1 else batch[0]
+    folder = next(iter(targets.values())).parent
+    # Beside their places, so that they can be moved there when all of them exist.
+    with tempfile.TemporaryDirectory(prefix=".lowbit-", dir=folder) as staging:
+        reports = [_write(form, program, Path(staging, path.name), args, samples) for form, path in targets.items()]
+        for written in sorted(Path(staging).iterdir()):
+            os.replace(written, folder / written.name)
+    return reports
+
+
+def _targets(forms: Sequence[str], output: str, ckpt: str) -> dict[str, Path]:
+    """Form -> file."""
+    forms, path = list(dict.fromkeys(forms)), Path(output)
+    if len(forms) > 1 and path.suffix in (".lowbit", ".onnx", ".c"):
+        raise ConfigError(
+            f"--output {output}: one file for {len(forms)} forms ({', '.join(forms)}). Give a name without suffix, "
+            f"{path.with_suffix('')}: each form completes it."
+        )
+    whole = len(forms) == 1 and bool(path.suffix)
+    found = {form: path if whole else path.with_name(path.name + SUFFIXES[form]) for form in forms}
+    for target in found.values():
+        if target.is_dir() or not target.parent.is_dir():
+            raise ConfigError(f"--output {target}: expected the path of a file, in a folder that exists.")
+        if target.exists() and Path(ckpt).exists() and target.samefile(ckpt):
+            raise ConfigError(f"--output {target}: that is the checkpoint. Give another name.")
+    return found
+
+
+def _lowered(module: LightningModule, shape: list[int] | None, batch: tuple[Any, ...] | None) -> IntegerProgram:
+    example: Any = None
+    if shape is not None:
+        if min(shape) < 1:
+            raise ConfigError(f"--input_shape {_spaced(shape)}: expected sizes of 1 or more, the batch first.")
+        example = torch.zeros(shape)
+    elif module.example_input_array is None:
+        if batch is None:
+            raise ConfigError(
+                f"--input_shape: got none, and {type(module).__name__} has no example_input_array. Give the shape of "
+                "a batch, as in --input_shape 1 3 32 32, or --data."
+            )
+        example = batch
+    try:
+        return lower(module, example)
+    except (InvariantError, *REFUSALS):
+        raise
+    except Exception as error:  # of the user's forward
+        given = "its example" if shape is None else f"--input_shape {_spaced(shape)}"
+        raise ConfigError(f"{given}: the forward of {type(module).__name__} fails on it: {_line(error)}") from error
+
+
+def _write(form: str, program: IntegerProgram, path: Path, args: Any, samples: Any) -> str:
+    """One file; gives what is to be said of it."""
+    if form == "program":
+        program.save(path)
+        return f"{path.name}: {len(program.ops)} operations, {path.stat().st_size:,} bytes"
+    if form == "c":
+        name, pixels = args.get("name") or "network", args.get("pixels")
+        with contextlib.redirect_stdout(io.StringIO()):  # its report is printed when all files are there
+            return str(export_c(program, path, test_input=samples, name=name, pixels=pixels))
+    options: dict[str, Any] = {"opset": args.get("opset")}
+    if form == "qdq":
+        options |= {"allow_inexact": bool(args.get("allow_inexact")), "samples": samples}
+        options |= {"weight_type": args.get("weight_type") or "int8"}
+    report = export_onnx(program, path, "integer" if form == "onnx" else form, **options)
+    return str(dataclasses.replace(report, path=Path(path.name)))  # not where it lies for the moment
+
+
+# -- verify ----------------------------------------------------------------------------------------------------------
+def verify(words: list[str]) -> int:
+    """Run ``lightning-lowbit verify``: of a program where ``--program`` is given, else of two certificates of training.
+
+    Returns:
+        exit status: 0 where everything agrees, 1 where it does not.
+    Raises:
+        ConfigError, ProgramError: what cannot be compared.
+    """
+    parser = _verify_parser()
+    args = parser.parse_args(_with_config(words), defaults=False)
+    given = {name for name, _ in args.items(branches=True) if "." not in name}
+    certificates = args.get("certificate") or []
+    if "program" not in given:
+        if len(certificates) != 2 or given != {"certificate"}:
+            parser.error("expected --program FILE --ckpt FILE --model CLASS, or --certificate A B and nothing else")
+        found = compare(*map(read_certificate, certificates))
+        print(found)
+        return int(found.parting is not None)
+    if not {"ckpt", "model"} <= given or len(certificates) > 1:
+        parser.error("--program needs --ckpt FILE and --model CLASS, and takes one --certificate, the file to write")
+    certificate = _verified(args, Path(certificates[0]) if certificates else None)
+    print(certificate)
+    return int(not certificate.ok)
+
+
+def _verify_parser() -> LowBitParser:
+    parser = LowBitParser(prog="lightning-lowbit verify", description=VERIFY_HELP)
+    parser.add_argument("--program", type=str, help="The file that export --to program wrote.")
+    _add_network(parser, required=False)
+    parser.add_argument("--split", choices=list(STAGES), help="Whose batches are compared (val).")
+    parser.add_argument("--batches", type=int, help="At most so many; else all.")
+    parser.add_argument(
+        "--certificate", nargs="+", type=str, metavar="FILE",
+        help="With --program the file for the certificate (JSON). Without, two runs of training to compare: "
+        "certificate.json, or a checkpoint, of either.",
+    )  # fmt: skip
+    return parser
+
+
+def _verified(args: Any, output: Path | None) -> Any:
+    if output is not None and (output.is_dir() or not output.parent.is_dir()):
+        raise ConfigError(f"--certificate {output}: expected the path of a file, in a folder that exists.")
+    if args.get("batches", 1) < 1:
+        raise ConfigError(f"--batches {args.batches}: expected 1 or more.")
+    if not Path(args.program).is_file():
+        raise ConfigError(f"--program {args.program}: no such file.")
+    program = IntegerProgram.load(args.program)
+    module = _network(args)
+    certificate = verify_program(module, program, itertools.islice(_batches(args, module), args.get("batches")))
+    if output is not None:
+        certificate.save(output)
+    return certificate
+
+
+# -- what both read --------------------------------------------------------------------------------------------------
+def _add_network(parser: LowBitParser, required: bool = True) -> None:
+    parser.add_argument(
+        "--config", action="append", type=str, help="A YAML file of fit: its model and its data are taken."
+    )
+    parser.add_argument("--ckpt", "--ckpt_path", type=str, required=required, help="The checkpoint of the training.")
+    parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True, required=required)
+    parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True, required=False)
+
+
+def _with_config(words: list[str]) -> list[str]:
+    """Words with the model and the data of every ``--config FILE`` in its place."""
+    found: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        option, equals, value = word.partition("=")
+        if option not in ("-c", "--config"):
+            found.append(word)
+            continue
+        file = Path(value if equals else next(rest, ""))
+        if not file.is_file():
+            raise ConfigError(f"--config {file}: no such file.")
+        try:
+            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--config {file}: no YAML: {_line(error)}") from error
+        for key, given in (content if isinstance(content, dict) else {}).items():
+            if str(key).partition(".")[0] in ("model", "data") and given is not None:
+                found.append(f"--{key}={given if isinstance(given, str) else json.dumps(given)}")
+    return found
+
+
+def _network(args: Any) -> LightningModule:
+    """The trained network, in evaluation on the CPU; options that nobody gives are the checkpoint's."""
+    if not Path(args.ckpt).is_file():
+        raise ConfigError(f"--ckpt {args.ckpt}: no such file.")
+    cls: Any = pydoc.locate(args.model.class_path)  # the parser has imported it
+    try:
+        module: LightningModule = load_from_checkpoint(cls, args.ckpt, "cpu", **_given(args.model))
+        return module.eval()
+    except (InvariantError, *REFUSALS):
+        raise
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise ConfigError(f"--ckpt {args.ckpt}: it is no checkpoint of tensors and plain types.") from error
+    except (LookupError, RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f"--ckpt {args.ckpt}: it does not load into --model {cls.__name__}: {_line(error)} Give the class and the "
+            "options (--model.NAME VALUE) of the training."
+        ) from error
+
+
+def _first_batch(args: Any, module: LightningModule) -> tuple[Any, ...]:
+    """The forward's arguments in the first batch: as many of its parts as the forward must have."""
+    batch = next(iter(_batches(args, module)), None)
+    if batch is None:
+        raise ConfigError(f"--data {args.data.class_path}: it gives no batch. Give --input_shape instead.")
+    if not isinstance(batch, (list, tuple)):
+        return (batch,)
+    wanted = inspect.signature(module.forward).parameters.values()
+    needed = [p for p in wanted if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return tuple(batch[: max(1, len(needed))])
+
+
+def _batches(args: Any, module: LightningModule) -> Iterator[Any]:
+    """Batches of ``--data``, else of the module's own loaders."""
+    source: Any = module
+    if args.get("data") is not None:
+        source = instantiate_module(LightningDataModule, {"_class_path": args.data.class_path, **_given(args.data)})
+    split = args.get("split") or "val"
+    source.prepare_data()
+    source.setup(STAGES[split])
+    try:
+        loaders = getattr(source, f"{split}_dataloader")()
+    except MisconfigurationException as error:
+        where = "--split test, predict or train" if args.get("data") is not None else "--data"
+        raise ConfigError(f"{type(source).__name__}: it has no {split}_dataloader. Give {where}.") from error
+    several: Iterable[Any] = loaders if isinstance(loaders, (list, tuple)) else [loaders]
+    return itertools.chain.from_iterable(several)
+
+
+def _given(section: Any) -> dict[str, Any]:
+    """The options of a class that were given."""
+    options = section.get("init_args")
+    return {} if options is None else dict(options.as_dict())
+
+
+def _spaced(shape: Sequence[int]) -> str:
+    return " ".join(map(str, shape))
+
+
+def _line(error: Exception) -> str:
+    """The first words of an error of somebody else's."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300].rstrip('.')}."
