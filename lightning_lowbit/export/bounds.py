@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_lowbit.errors import InvariantError
+from lightning_lowbit.export.program_check import MOST
 from lightning_lowbit.numerics.rounding import Rounding
 
 if TYPE_CHECKING:
     from lightning_lowbit.export.builder import Held
 
-__all__ = ["DEVICE_KINDS", "INT64", "bounds_after", "normalize_bounds", "round_fraction"]
+__all__ = ["DEVICE_KINDS", "bounds_after", "normalize_bounds", "round_fraction"]
 
-INT64 = 2**62  # no sum may come near the end of int64
 DEVICE_KINDS = (Rounding.HALF_EVEN, Rounding.HALF_UP, Rounding.HALF_AWAY, Rounding.FLOOR, Rounding.TRUNCATE)
 Array = np.ndarray[Any, Any]
 
@@ -62,7 +62,7 @@ def normalize_bounds(x: Held, attributes: Mapping[str, Any], constants: Mapping[
     for mean, s, gamma, beta in zip(*(constants[n].tolist() for n in ("mean", "s", "gamma", "beta")), strict=True):
         for code in (x.low, x.high):
             d = ((code << (f - a["fraction_in"])) - (mean << (f - a["mean_fraction"]))) << max(left, 0)
-            if abs(d) > INT64:
+            if abs(d) > MOST:
                 raise InvariantError(f"a batch norm's numerator can reach {d:.3g}, beyond int64.")
             xhat = round_fraction(Fraction(d, s << max(-left, 0)), Rounding.HALF_EVEN)
             if a["limit"] is not None:

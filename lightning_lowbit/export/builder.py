@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lowbit.errors import UnsupportedModelError
-from lightning_lowbit.export.bounds import DEVICE_KINDS, INT64, bounds_after, normalize_bounds, round_fraction
+from lightning_lowbit.export.bounds import DEVICE_KINDS, bounds_after, normalize_bounds, round_fraction
 from lightning_lowbit.export.carried import HELD, Carried, carried_on
 from lightning_lowbit.export.moves import BATCHES, concrete, moved, moved_counts
 from lightning_lowbit.export.products import geometry, product_bounds, product_shape, whole_codes
+from lightning_lowbit.export.program_check import MOST
 from lightning_lowbit.export.runtime import Op, Value
 from lightning_lowbit.export.signs import line, signs
 from lightning_lowbit.export.windows import pooled
@@ -85,7 +86,7 @@ class ProgramBuilder:
 
     def _held(self, shape: Sequence[int], **fields: Any) -> Held:
         value = Value(f"v{len(self.values)}", tuple(shape), **fields)
-        if value.dtype == "int" and max(-value.low, value.high) > INT64:
+        if value.dtype == "int" and max(-value.low, value.high) > MOST:
             raise refuse(
                 self.path, f"its sums can reach {max(-value.low, value.high):.3g}, beyond int64",
                 "Look at its weights and steps for outliers.",

@@ -189,31 +189,35 @@ def scratch(step: Step, values: Mapping[str, Value]) -> tuple[str, int] | None:
     return sum_type(sums.low, sums.high), sums.shape[-1]
 
 
-def _convolution(step: Step, values: Mapping[str, Value], stages: Sequence[Stage], source: Source) -> str:
+def _shared(
+    step: Step, values: Mapping[str, Value], source: Source
+) -> tuple[Op, tuple[str, str, str, str], dict[str, str], str]:
+    """Of a product: its operation, the types of input, weight, sums and result, and its weight and bias as C."""
     op = step.base
     assert op is not None
     x, sums, stored = values[op.inputs[0]], values[op.output], values[step.output].storage
     a = sum_type(sums.low, sums.high)
     w, weight, bias = _operands(op, a, source)
     types = {"X": ctype(x.storage), "W": ctype(w), "A": ctype(a), "Y": ctype(stored)}
+    return op, (x.storage, w, a, stored), types, f"{weight}, {bias}"
+
+
+def _convolution(step: Step, values: Mapping[str, Value], stages: Sequence[Stage], source: Source) -> str:
+    op, storages, types, operands = _shared(step, values, source)
+    x, sums = values[op.inputs[0]], values[op.output]
     forward = op.kind == "conv"
     blocks = {"locate": _FORWARD if forward else _BACKWARD, "inner": _FORWARD_INNER if forward else _BACKWARD_INNER}
-    name = source.function(op.kind, (x.storage, w, a, stored), _CONV, types, stages, blocks)
+    name = source.function(op.kind, storages, _CONV, types, stages, blocks)
     window = _window(op, x, sums, op.constants["weight"].shape[2:], source, int(op.attributes["groups"]))
-    return f"{name}({{x}}, {weight}, {bias}, {{y}}, row_{tag(a)}, &{window}{passed(stages)});"
+    return f"{name}({{x}}, {operands}, {{y}}, row_{tag(storages[2])}, &{window}{passed(stages)});"
 
 
 def _linear(step: Step, values: Mapping[str, Value], stages: Sequence[Stage], source: Source) -> str:
-    op = step.base
-    assert op is not None
-    x, sums, stored = values[op.inputs[0]], values[op.output], values[step.output].storage
-    a = sum_type(sums.low, sums.high)
-    w, weight, bias = _operands(op, a, source)
-    types = {"X": ctype(x.storage), "W": ctype(w), "A": ctype(a), "Y": ctype(stored)}
-    name = source.function("linear", (x.storage, w, a, stored), _LINEAR, types, stages)
+    op, storages, types, operands = _shared(step, values, source)
+    name = source.function("linear", storages, _LINEAR, types, stages)
     outputs, inputs = op.constants["weight"].shape
-    rows = elements(x.shape[:-1])
-    return f"{name}({{x}}, {weight}, {bias}, {{y}}, {rows}, {inputs}, {outputs}{passed(stages)});"
+    rows = elements(values[op.inputs[0]].shape[:-1])
+    return f"{name}({{x}}, {operands}, {{y}}, {rows}, {inputs}, {outputs}{passed(stages)});"
 
 
 def _pool(step: Step, values: Mapping[str, Value], stages: Sequence[Stage], source: Source) -> str:

@@ -115,7 +115,7 @@ def _require_quantized(module: nn.Module) -> None:
 
 
 class Lowering:
-    """One network's program; its note says which call of the network gives each value ("calls", "sources").
+    """One network's program.
 
     Attributes:
         program: what was written.
@@ -124,6 +124,7 @@ class Lowering:
 
     def __init__(self, module: nn.Module, recordings: Sequence[Recording]) -> None:
         self.module, self.small, self.large = module, *recordings
+        self.scheme = next(part.scheme for _, part in low_bit_modules(module))
         require_same_calls(self.small, self.large)
         self.build = ProgramBuilder()
         self.held: dict[Ref, Any] = {}
@@ -155,7 +156,7 @@ class Lowering:
         require_same_numbers(node, twin, takes_sizes(target))
         args, kwargs = self._arguments(node, twin)
         if isinstance(target, Quantizer):
-            result = self._quantizer(node.path, target, *args, **kwargs)
+            result = self._quantizer(target, *args, **kwargs)
         elif isinstance(target, LowBitModule):
             result = target.scheme.lower(self.build, target, *args, **kwargs)
         else:
@@ -207,12 +208,11 @@ class Lowering:
             if dtype not in (torch.float32, *given) and not (dtype == torch.int64 and name_of(node.target) == "argmax"):
                 raise refuse(node.path, f"it goes over to {dtype}", "Stay in float32, or lower the part before it.")
 
-    def _quantizer(self, path: str, quantizer: Quantizer, x: Any, rectify: bool = False) -> Any:
+    def _quantizer(self, quantizer: Quantizer, x: Any, rectify: bool = False) -> Any:
         """One behind a module of the user's; what only stands in a quantizer's place is the scheme's to write."""
         if quantizer.has_grid:
             return self.build.snap(x, quantizer, rectify)
-        scheme = next(part.scheme for _, part in low_bit_modules(self.module))
-        return scheme.lower(self.build, quantizer, x, rectify)
+        return self.scheme.lower(self.build, quantizer, x, rectify)
 
     def _operand(self, value: Any) -> Any:
         held = self.held[value] if isinstance(value, Ref) else value
@@ -226,15 +226,9 @@ class Lowering:
             raise UnsupportedModelError(
                 f"{type(self.module).__name__}: its forward returns no tensor that it computed."
             )
-        scheme = next(part.scheme for _, part in low_bit_modules(self.module))
         ops = _needed(self.build.ops, outputs)
         used = {*self.inputs, *(op.output for op in ops)}
-        note = {
-            "scheme": scheme.name or type(scheme).__name__,
-            "model": type(self.module).__name__,
-            "calls": [node.path for node in self.small.nodes],
-            "sources": {name: [ref.node, ref.position] for name, ref in self.sources.items() if name in used},
-        }
+        note = {"scheme": self.scheme.name or type(self.scheme).__name__, "model": type(self.module).__name__}
         values = {name: value for name, value in self.build.values.items() if name in used}
         return IntegerProgram(tuple(ops), values, tuple(self.inputs), tuple(outputs), structure, note)
 

@@ -17,12 +17,12 @@ from lightning_lowbit.export.onnx_arithmetic import Codes, Integers
 from lightning_lowbit.export.onnx_graph import Graph, onnx_dtype
 from lightning_lowbit.export.onnx_products import conv, conv_transpose, linear
 from lightning_lowbit.export.onnx_windows import max_pool, move, pool_node, sum_pool
+from lightning_lowbit.export.program_check import MOST
 from lightning_lowbit.export.runtime import Op, Program, Value
 
 __all__ = ["IntegerForm"]
 
 _MOVES = ("reshape", "transpose", "slice", "pad", "gather", "concat", "max_pool")
-_MOST = 2**62  # no code of a program lies beyond
 
 
 class IntegerForm:
@@ -77,15 +77,13 @@ class IntegerForm:
         if exponent:
             v = graph.node("Mul", [v, graph.constant(2.0**-exponent, "float32")])
         v = _round_float(graph, v, str(kinds["rounding"]))
-        low, high = (
-            end if kinds[name] is None else int(kinds[name]) for name, end in (("low", -_MOST), ("high", _MOST))
-        )
+        low, high = (end if kinds[name] is None else int(kinds[name]) for name, end in (("low", -MOST), ("high", MOST)))
         if max(-low, high) <= 2**24:
             v = graph.node("Clip", [v, graph.constant(low, "float32"), graph.constant(high, "float32")])
             codes = Codes(graph.cast(v, onnx_dtype(low, high)), onnx_dtype(low, high), low, high)
         else:  # the limits are no float32 numbers, and are met as integers
-            v = graph.node("Clip", [v, graph.constant(-_MOST, "float32"), graph.constant(_MOST, "float32")])
-            wide = Codes(graph.cast(v, "int64"), "int64", -_MOST, _MOST)
+            v = graph.node("Clip", [v, graph.constant(-MOST, "float32"), graph.constant(MOST, "float32")])
+            wide = Codes(graph.cast(v, "int64"), "int64", -MOST, MOST)
             codes = self.integers.clip(wide, low, high)
         self._keep(op, value, codes)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lowbit.errors import InvariantError, UnsupportedModelError
+from lightning_lowbit.export.program_check import MOST
 from lightning_lowbit.graph.fold import per_output
 from lightning_lowbit.modules.layers import padding_of
 
@@ -97,7 +98,7 @@ def product_bounds(layer: Any, weight: Array, bias: Array | None, low: int, high
         weight: codes, as the layer keeps its weight.
         bias: codes, [outputs] or None.
     """
-    w = weight.astype(object) if max(-low, high) * int(np.abs(weight).sum()) >= 2**62 else weight
+    w = weight.astype(object) if max(-low, high) * int(np.abs(weight).sum()) >= MOST else weight
     ends = [np.minimum(np.minimum(w * low, w * high), 0), np.maximum(np.maximum(w * low, w * high), 0)]
     sums = [_per_output(part, layer) for part in ends]
     if bias is not None:

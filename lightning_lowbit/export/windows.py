@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["largest", "pooled"]
 
 Array = np.ndarray[Any, Any]
+_ADAPTIVE_WINDOW = ("output_size", "return_indices")
 _MAX_WINDOW = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 
 
@@ -130,14 +131,11 @@ def _sum(build: ProgramBuilder, x: Held, axes: Sequence[int], keepdims: bool) ->
 def largest(build: ProgramBuilder, x: Held, dims: int, adaptive: bool, *args: Any, **settings: Any) -> Held:
     """A max pool, of integers or floats."""
     _require_batch(build, x, dims)
-    if adaptive:
-        given = dict(zip(("output_size", "return_indices"), args, strict=False)) | settings
-        if given.get("return_indices"):
-            raise refuse(build.path, "it returns the places of the largest values", "Use the values alone.")
-        return _adaptive_largest(build, x, dims, given["output_size"])
-    given = dict(zip(_MAX_WINDOW, args, strict=False)) | settings
+    given = dict(zip(_ADAPTIVE_WINDOW if adaptive else _MAX_WINDOW, args, strict=False)) | settings
     if given.get("return_indices"):
         raise refuse(build.path, "it returns the places of the largest values", "Use the values alone.")
+    if adaptive:
+        return _adaptive_largest(build, x, dims, given["output_size"])
     kernel = as_tuple(given["kernel_size"], dims)
     stride = kernel if given.get("stride") in (None, (), []) else as_tuple(given["stride"], dims)
     padding, dilation = (as_tuple(given.get(name, n), dims) for name, n in (("padding", 0), ("dilation", 1)))
