@@ -201,7 +201,7 @@ def test_schemes_prints_what_it_measured(
     if not rich:
         monkeypatch.setitem(sys.modules, "rich", None)
     state = torch.get_rng_state()
-    cli.main(["schemes"])
+    assert status_of("schemes") == 0
     assert torch.equal(torch.get_rng_state(), state)
     lines = capsys.readouterr().out.splitlines()
     assert ("─" in lines[1]) == rich
@@ -222,7 +222,7 @@ def test_options_of_a_scheme_are_explained(name: str, capsys: pytest.CaptureFixt
     cls: Any = registry()[name]
     options = [field.name for field in dataclasses.fields(cls)]
     assert set(options) == set(_meanings(cls))
-    cli.main(["schemes", cls.__name__])
+    assert status_of("schemes", cls.__name__) == 0
     printed = capsys.readouterr().out
     for option in options:
         assert re.search(rf"^{option} +\S+", printed, re.MULTILINE), option

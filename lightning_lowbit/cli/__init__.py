@@ -34,8 +34,9 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 import lightning_lowbit.callbacks
 from lightning_lowbit.callbacks.quant import QuantCallback
+from lightning_lowbit.cli.network import REFUSALS
 from lightning_lowbit.cli.parser import DEMOS, LowBitParser
-from lightning_lowbit.cli.programs import EXPORT_HELP, REFUSALS, VERIFY_HELP, export, verify
+from lightning_lowbit.cli.programs import EXPORT_HELP, VERIFY_HELP, export, verify
 from lightning_lowbit.cli.schemes import SCHEMES_HELP, schemes
 from lightning_lowbit.cli.settings import FLOAT, load_yaml, requires_options, resolve_words, scheme_spec
 from lightning_lowbit.errors import ConfigError
@@ -46,6 +47,12 @@ from lightning_lowbit.schemes import registry
 __all__ = ["LowBitCLI", "main"]
 
 LOADER = "lowbit_yaml"
+COMMANDS = {
+    "export": (export, EXPORT_HELP),
+    "verify": (verify, VERIFY_HELP),
+    "schemes": (schemes, SCHEMES_HELP),
+}
+"""Those that run without LightningCLI: called with the words behind their name, each gives its exit status."""
 
 
 class MainParser(LowBitParser):
@@ -54,7 +61,7 @@ class MainParser(LowBitParser):
     def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
         """Add the Trainer's subcommands, and those that run without a Trainer: for the help, `main` calls them."""
         action = super().add_subcommands(*args, **kwargs)
-        for name, text in (("export", EXPORT_HELP), ("verify", VERIFY_HELP), ("schemes", SCHEMES_HELP)):
+        for name, (_, text) in COMMANDS.items():
             action.add_subcommand(name, LowBitParser(description=text), help=text)
         return action
 
@@ -125,8 +132,9 @@ def main(args: list[str] | None = None) -> None:
         args: the words after the program's name; None = those of this process.
 
     Raises:
-        SystemExit: status 2 for a wrong command line or setting, with the reason on stderr; status 1 of ``verify``
-            where something differs, and of ``export`` where nothing is written.
+        SystemExit: status 2 for a wrong command line or setting, with the reason on stderr; the status of a command
+            that runs without a Trainer: 1 of ``verify`` where something differs, and of ``export`` where nothing is
+            written.
     """
     words = sys.argv[1:] if args is None else args
     set_loader(LOADER, load_yaml, exceptions=(yaml.YAMLError,))
@@ -135,11 +143,9 @@ def main(args: list[str] | None = None) -> None:
         importlib.import_module(DEMOS)
         for module in pkgutil.iter_modules(lightning_lowbit.callbacks.__path__):  # and `class_path: FraclenSchedule`
             importlib.import_module(f"{lightning_lowbit.callbacks.__name__}.{module.name}")
-        if words[:1] == ["schemes"]:
-            schemes(words[1:])
-            return
-        if words[:1] in (["export"], ["verify"]):
-            raise SystemExit((export if words[0] == "export" else verify)(words[1:]))
+        if words[:1] and words[0] in COMMANDS:
+            run, _ = COMMANDS[words[0]]
+            raise SystemExit(run(words[1:]))
         LowBitCLI(
             args=words,
             subclass_mode_model=True,

@@ -4,43 +4,43 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 import io
 import itertools
-import json
 import os
-import pickle
-import pydoc
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.cli import instantiate_module
+from lightning.pytorch import LightningModule
 
+from lightning_lowbit.cli.network import (
+    REFUSALS,
+    STAGES,
+    add_network,
+    batches,
+    first_batch,
+    line_of,
+    network,
+    with_config,
+)
 from lightning_lowbit.cli.parser import LowBitParser
-from lightning_lowbit.errors import ConfigError, InvariantError, UnsupportedModelError
+from lightning_lowbit.errors import ConfigError, InvariantError
 from lightning_lowbit.export.c99 import export_c
 from lightning_lowbit.export.lowering import lower
 from lightning_lowbit.export.onnx import export_onnx
-from lightning_lowbit.export.program import IntegerProgram, ProgramError
+from lightning_lowbit.export.program import IntegerProgram
 from lightning_lowbit.export.verify import verify as verify_program
-from lightning_lowbit.plugins.loading import load_from_checkpoint
 from lightning_lowbit.reports.certificate import compare, read_certificate
 
-__all__ = ["EXPORT_HELP", "REFUSALS", "VERIFY_HELP", "export", "verify"]
+__all__ = ["EXPORT_HELP", "VERIFY_HELP", "export", "verify"]
 
 EXPORT_HELP = "Write the integers of a trained network as files: a program for numpy, ONNX, C."
 VERIFY_HELP = "Say whether a program has its network's integers, or whether two runs of training hold the same bits."
-REFUSALS = (ConfigError, UnsupportedModelError, ProgramError)
 
 SUFFIXES = {"program": ".lowbit", "onnx": ".onnx", "qdq": "_qdq.onnx", "clip": "_clip.onnx", "c": ".c"}
-STAGES = {"val": "validate", "test": "test", "predict": "predict", "train": "fit"}  # what a Trainer's setup is told
 
 
 # -- export ----------------------------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ def export(words: list[str]) -> int:
     Returns:
         exit status: 0, or 1 where a form cannot hold the network, with the reason on stderr.
     """
-    args = _export_parser().parse_args(_with_config(words), defaults=False)
+    args = _export_parser().parse_args(with_config(words), defaults=False)
     try:
         reports = _export(args)
     except (*REFUSALS, OSError) as error:
@@ -62,7 +62,7 @@ def export(words: list[str]) -> int:
 
 def _export_parser() -> LowBitParser:
     parser = LowBitParser(prog="lightning-lowbit export", description=EXPORT_HELP)
-    _add_network(parser)
+    add_network(parser)
     forms = "program (numpy alone), onnx (integers), qdq (ONNX for int8 kernels), clip (ONNX for TI's tools), c (C99)"
     parser.add_argument("--to", nargs="+", choices=list(SUFFIXES), required=True, help=f"One or more of: {forms}.")
     parser.add_argument(
@@ -92,8 +92,8 @@ def _export_parser() -> LowBitParser:
 
 def _export(args: Any) -> list[str]:
     targets = _targets(args.to, args.output, args.ckpt)
-    module = _network(args)
-    batch = None if args.get("data") is None else _first_batch(args, module)
+    module = network(args)
+    batch = None if args.get("data") is None else first_batch(args, module)
     program = _lowered(module, args.get("input_shape"), batch)
     samples = batch if batch is None or len(batch) > 1 else batch[0]
     folder = next(iter(targets.values())).parent
@@ -142,7 +142,7 @@ def _lowered(module: LightningModule, shape: list[int] | None, batch: tuple[Any,
         raise
     except Exception as error:  # of the user's forward
         given = "its example" if shape is None else f"--input_shape {_spaced(shape)}"
-        raise ConfigError(f"{given}: the forward of {type(module).__name__} fails on it: {_line(error)}") from error
+        raise ConfigError(f"{given}: the forward of {type(module).__name__} fails on it: {line_of(error)}") from error
 
 
 def _write(form: str, program: IntegerProgram, path: Path, args: Any, samples: Any) -> str:
@@ -172,7 +172,7 @@ def verify(words: list[str]) -> int:
         ConfigError, ProgramError: what cannot be compared.
     """
     parser = _verify_parser()
-    args = parser.parse_args(_with_config(words), defaults=False)
+    args = parser.parse_args(with_config(words), defaults=False)
     given = {name for name, _ in args.items(branches=True) if "." not in name}
     certificates = args.get("certificate") or []
     if "program" not in given:
@@ -191,7 +191,7 @@ def verify(words: list[str]) -> int:
 def _verify_parser() -> LowBitParser:
     parser = LowBitParser(prog="lightning-lowbit verify", description=VERIFY_HELP)
     parser.add_argument("--program", type=str, help="The file that export --to program wrote.")
-    _add_network(parser, required=False)
+    add_network(parser, required=False)
     parser.add_argument("--split", choices=list(STAGES), help="Whose batches are compared (val).")
     parser.add_argument("--batches", type=int, help="At most so many; else all.")
     parser.add_argument(
@@ -210,103 +210,12 @@ def _verified(args: Any, output: Path | None) -> Any:
     if not Path(args.program).is_file():
         raise ConfigError(f"--program {args.program}: no such file.")
     program = IntegerProgram.load(args.program)
-    module = _network(args)
-    certificate = verify_program(module, program, itertools.islice(_batches(args, module), args.get("batches")))
+    module = network(args)
+    certificate = verify_program(module, program, itertools.islice(batches(args, module), args.get("batches")))
     if output is not None:
         certificate.save(output)
     return certificate
 
 
-# -- what both read --------------------------------------------------------------------------------------------------
-def _add_network(parser: LowBitParser, required: bool = True) -> None:
-    parser.add_argument(
-        "--config", action="append", type=str, help="A YAML file of fit: its model and its data are taken."
-    )
-    parser.add_argument("--ckpt", "--ckpt_path", type=str, required=required, help="The checkpoint of the training.")
-    parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True, required=required)
-    parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True, required=False)
-
-
-def _with_config(words: list[str]) -> list[str]:
-    """Words with the model and the data of every ``--config FILE`` in its place."""
-    found: list[str] = []
-    rest = iter(words)
-    for word in rest:
-        option, equals, value = word.partition("=")
-        if option not in ("-c", "--config"):
-            found.append(word)
-            continue
-        file = Path(value if equals else next(rest, ""))
-        if not file.is_file():
-            raise ConfigError(f"--config {file}: no such file.")
-        try:
-            content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--config {file}: no YAML: {_line(error)}") from error
-        for key, given in (content if isinstance(content, dict) else {}).items():
-            if str(key).partition(".")[0] in ("model", "data") and given is not None:
-                found.append(f"--{key}={given if isinstance(given, str) else json.dumps(given)}")
-    return found
-
-
-def _network(args: Any) -> LightningModule:
-    """The trained network, in evaluation on the CPU; options that nobody gives are the checkpoint's."""
-    if not Path(args.ckpt).is_file():
-        raise ConfigError(f"--ckpt {args.ckpt}: no such file.")
-    cls: Any = pydoc.locate(args.model.class_path)  # the parser has imported it
-    try:
-        module: LightningModule = load_from_checkpoint(cls, args.ckpt, "cpu", **_given(args.model))
-        return module.eval()
-    except (InvariantError, *REFUSALS):
-        raise
-    except (pickle.UnpicklingError, EOFError) as error:
-        raise ConfigError(f"--ckpt {args.ckpt}: it is no checkpoint of tensors and plain types.") from error
-    except (LookupError, RuntimeError, TypeError) as error:
-        raise ConfigError(
-            f"--ckpt {args.ckpt}: it does not load into --model {cls.__name__}: {_line(error)} Give the class and the "
-            "options (--model.NAME VALUE) of the training."
-        ) from error
-
-
-def _first_batch(args: Any, module: LightningModule) -> tuple[Any, ...]:
-    """The forward's arguments in the first batch: as many of its parts as the forward must have."""
-    batch = next(iter(_batches(args, module)), None)
-    if batch is None:
-        raise ConfigError(f"--data {args.data.class_path}: it gives no batch. Give --input_shape instead.")
-    if not isinstance(batch, (list, tuple)):
-        return (batch,)
-    wanted = inspect.signature(module.forward).parameters.values()
-    needed = [p for p in wanted if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return tuple(batch[: max(1, len(needed))])
-
-
-def _batches(args: Any, module: LightningModule) -> Iterator[Any]:
-    """Batches of ``--data``, else of the module's own loaders."""
-    source: Any = module
-    if args.get("data") is not None:
-        source = instantiate_module(LightningDataModule, {"_class_path": args.data.class_path, **_given(args.data)})
-    split = args.get("split") or "val"
-    source.prepare_data()
-    source.setup(STAGES[split])
-    try:
-        loaders = getattr(source, f"{split}_dataloader")()
-    except MisconfigurationException as error:
-        where = "--split test, predict or train" if args.get("data") is not None else "--data"
-        raise ConfigError(f"{type(source).__name__}: it has no {split}_dataloader. Give {where}.") from error
-    several: Iterable[Any] = loaders if isinstance(loaders, (list, tuple)) else [loaders]
-    return itertools.chain.from_iterable(several)
-
-
-def _given(section: Any) -> dict[str, Any]:
-    """The options of a class that were given."""
-    options = section.get("init_args")
-    return {} if options is None else dict(options.as_dict())
-
-
 def _spaced(shape: Sequence[int]) -> str:
     return " ".join(map(str, shape))
-
-
-def _line(error: Exception) -> str:
-    """The first words of an error of somebody else's."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300].rstrip('.')}."

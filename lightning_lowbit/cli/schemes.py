@@ -30,9 +30,11 @@ KEY_OPTIONS = 6
 _ENTRY = re.compile(r"    (\w+(?:, \w+)*): (.*)")  # of "Args:" in a docstring: one name or several, and their meaning
 
 
-def schemes(words: list[str]) -> None:
+def schemes(words: list[str]) -> int:
     """Run ``lightning-lowbit schemes [NAME]``.
 
+    Returns:
+        exit status 0.
     Raises:
         ConfigError: no scheme is called so; it names the nearest.
     """
@@ -43,6 +45,7 @@ def schemes(words: list[str]) -> None:
         _overview()
     else:
         _options(find(next((known for known, cls in registry().items() if cls.__name__ == name), name)))
+    return 0
 
 
 def _overview() -> None:
