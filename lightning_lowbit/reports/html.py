@@ -29,7 +29,7 @@ from lightning_lowbit.reports.plots import (
 )
 from lightning_lowbit.reports.sensitivity import COLUMNS, Sensitivity
 from lightning_lowbit.reports.summary import Summary, claims, summarize
-from lightning_lowbit.reports.table import metric_lines
+from lightning_lowbit.reports.table import LAYERS, metric_lines
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -19,6 +19,7 @@ from lightning_lowbit.modules.elementwise import LowBitAdd, LowBitCat, LowBitOp
 from lightning_lowbit.modules.layers import LowBitLayer
 from lightning_lowbit.modules.quantizer import Quantizer
 from lightning_lowbit.numerics.widths import ACCUMULATOR_BITS, Format, accumulator_bits, bits_of_sum
+from lightning_lowbit.reports.cost import float_bytes, product_kind, sizes
 from lightning_lowbit.reports.table import Line, show, text
 from lightning_lowbit.reports.widths import Row, Widths
 
@@ -49,12 +50,16 @@ class Summary:
         lines: one a layer or operation: what is printed.
         notes: what stays float and why, and the claims that hold for this network.
         ties: site keys that share one grid.
+        size: bytes of parameters as a device stores them (`reports.cost.sizes`).
+        float_size: bytes of the float network's parameters.
     """
 
     rows: list[Row] = field(default_factory=list)
     lines: list[Line] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     ties: list[list[str]] = field(default_factory=list)
+    size: int = 0
+    float_size: int = 0
 
     def __str__(self) -> str:
         return text(self.lines, self.notes)
@@ -93,15 +98,15 @@ def summarize(module: nn.Module, tally: Tally | None = None) -> Summary:
     ]
     for _, path, owner in sorted(places, key=lambda place: place[0]):
         report.rows.extend(_rows(path, owner, tally))
-    report.lines = _lines(low, report.rows)
+    stored = sizes(module)
+    report.lines = _lines(low, report.rows, stored)
+    report.size, report.float_size = sum(stored.values()), float_bytes(module)
     total = len(conversion.layers) + len(conversion.skipped)
     shared = f", {len(report.ties)} shared grid{'s' * (len(report.ties) > 1)}" if report.ties else ""
     report.notes.append(f"{len(conversion.layers)} of {total} layers low-bit, scheme {low[0][1].scheme.name}{shared}")
-    signs = any(row.grid is not None and row.grid.binary for row in report.rows)
-    report.notes.append(
-        f"grid: int4·2^-3 = signed 4-bit codes worth 2^-3 each{', ±1 = signs' * signs}; a layer's is input × weights. "
-        "saturated: share of the worst of its tensors. exact: its float sums are proved to be the integer sums"
-    )
+    share = report.size / report.float_size if report.float_size else 1
+    report.notes.append(f"{report.size:,} bytes of parameters, {share:.2f} of float32")
+    report.notes.append("; ".join(_legend(report)))
     report.notes += [f"skipped: {path} ({why})" for path, why in conversion.skipped.items()]
     if conversion.float_by_nature:
         kinds = ", ".join(f"{name} ({len(paths)})" for name, paths in conversion.float_by_nature.items())
@@ -114,6 +119,17 @@ def summarize(module: nn.Module, tally: Tally | None = None) -> Summary:
         report.notes.append(f"sums that need more than {ACCUMULATOR_BITS} bits: {', '.join(wide)}")
     report.notes += claims(module, report)
     return report
+
+
+def _legend(report: Summary) -> Iterator[str]:
+    """What the columns say, of those that there are."""
+    signs = any(row.grid is not None and row.grid.binary for row in report.rows)
+    yield f"grid: input × weights, int4·2^-3 = signed 4-bit codes worth 2^-3 each{', ±1 = signs' * signs}"
+    yield "mac: bits of input × weight → of their sum"
+    if any(line.saturation is not None for line in report.lines):
+        yield "saturated: share of the worst of its tensors"
+    if any(line.exact is False for line in report.lines):
+        yield "not exact: its float sums are not proved to be the integer sums"
 
 
 def claims(module: nn.Module, report: Summary) -> list[str]:
@@ -277,10 +293,10 @@ def _formats(quantizer: Quantizer) -> Mapping[str, Format | None]:
 
 
 # -- lines: one a layer or operation -------------------------------------------------------------------------
-def _lines(low: Sequence[tuple[str, LowBitModule]], rows: Sequence[Row]) -> list[Line]:
+def _lines(low: Sequence[tuple[str, LowBitModule]], rows: Sequence[Row], stored: Mapping[str, int]) -> list[Line]:
     """Each quantizer is shown where its tensor is read; behind an arrow where nothing here reads it."""
     shares = {f"{row.site}.lowbit_{row.role}": row.saturation for row in rows}
-    sums = {row.site: row.exact for row in rows if row.role == "sum"}
+    sums = {row.site: (row.exact, row.accumulator_bits) for row in rows if row.role == "sum"}
     reading = [(path, module, _reads(module)) for path, module in low]
     read = {id(quantizer) for _, _, tensors in reading for quantizer in tensors}
     lines = []
@@ -295,7 +311,10 @@ def _lines(low: Sequence[tuple[str, LowBitModule]], rows: Sequence[Row]) -> list
             continue  # a rectifier or a norm whose result the next layer's line shows
         bias = [module.lowbit_bias] if isinstance(module, LowBitLayer) and module.lowbit_bias is not None else []
         known = [shares[q.site.key] for q in (*tensors, *bias) if shares.get(q.site.key) is not None]
-        lines.append(Line(path, module.pattern, grid, max(known, default=None), sums.get(path)))  # type: ignore[type-var]
+        saturation = max(known, default=None)  # type: ignore[type-var]
+        exact, bits = sums.get(path, (None, None))
+        mac = product_kind(module, bits) if isinstance(module, LowBitLayer) else ""
+        lines.append(Line(path, module.pattern, grid, mac, stored.get(path), saturation, exact))
     return lines
 
 

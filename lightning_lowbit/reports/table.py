@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["STAGES", "Columns", "Line", "Printable", "cells", "metric_lines", "show", "text"]
+__all__ = ["LAYERS", "STAGES", "Columns", "Line", "Printable", "cells", "metric_lines", "show", "text"]
 
 STAGES = ("float", "calibrated", "trained")
 """Whose metrics are compared: before quantization, right after calibration, after the last validation."""
@@ -37,12 +37,12 @@ class Columns:
     mark: str
 
 
-_LAYERS = Columns(
-    ("site", "pattern", "grid", "saturation", "exact"),
+LAYERS = Columns(
+    ("site", "pattern", "grid", "mac", "bytes", "saturated", ""),
     kept=3,
     shortest={1: 8, 0: 14},  # a grid is never cut
-    right=frozenset({"saturation"}),
-    mark="no",
+    right=frozenset({"bytes", "saturated"}),
+    mark="not exact",
 )
 
 
@@ -54,26 +54,37 @@ class Printable(Protocol):
 
 @dataclass(frozen=True)
 class Line:
-    """A layer or an operation: the grids that it computes with, the saturation of its worst tensor."""
+    """A layer or an operation.
+
+    Attributes:
+        grid: of what it computes with.
+        mac: the kind of its products (`reports.cost.product_kind`).
+        bytes: of its parameters.
+        saturation: share of the worst of its tensors; None where nobody counted.
+        exact: whether its float sums are proved to be the integer sums; None where there are none.
+    """
 
     site: str
     pattern: str
     grid: str
+    mac: str = ""
+    bytes: int | None = None
     saturation: float | None = None
     exact: bool | None = None
 
     def cells(self) -> tuple[str, ...]:
-        saturation = "" if self.saturation is None else f"{100 * self.saturation:.2f} %"
         return (
             self.site,
             self.pattern,
             self.grid,
-            saturation,
-            {None: "", True: "yes", False: "no"}[self.exact],
+            self.mac,
+            "" if self.bytes is None else f"{self.bytes:,}",
+            "" if self.saturation is None else f"{100 * self.saturation:.2f} %",
+            LAYERS.mark if self.exact is False else "",
         )
 
 
-def cells(lines: Iterable[Printable], width: int | None = None, columns: Columns = _LAYERS) -> list[tuple[str, ...]]:
+def cells(lines: Iterable[Printable], width: int | None = None, columns: Columns = LAYERS) -> list[tuple[str, ...]]:
     """Header and rows as text, at most ``width`` columns wide where shortening can do it."""
     rows = [columns.names, *(line.cells() for line in lines)]
     kept = [i for i in range(len(columns.names)) if i < columns.kept or any(row[i] for row in rows[1:])]
@@ -88,7 +99,7 @@ def cells(lines: Iterable[Printable], width: int | None = None, columns: Columns
     return rows
 
 
-def text(lines: Iterable[Printable], notes: Iterable[str], width: int | None = None, columns: Columns = _LAYERS) -> str:
+def text(lines: Iterable[Printable], notes: Iterable[str], width: int | None = None, columns: Columns = LAYERS) -> str:
     """Table and notes as plain text."""
     rows = _aligned(cells(lines, width, columns), columns)
     rule = (" " * _GAP).join("-" * w for w in _widths(rows))
@@ -119,7 +130,7 @@ def show(
     lines: Sequence[Printable],
     notes: Sequence[str],
     metrics: Mapping[str, Mapping[str, float]],
-    columns: Columns = _LAYERS,
+    columns: Columns = LAYERS,
 ) -> None:
     """Print table, notes and metrics; with color where rich is installed."""
     try:
