@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import keyword
 import operator
+import unicodedata
 from typing import Any
 
 import torch
@@ -107,12 +109,12 @@ class TracedForward:
                     passed = graph.call_module(self.after[key], (node,))
                 node.replace_all_uses_with(passed, delete_user_cb=functools.partial(operator.is_not, passed))
         parameters = [str(node.meta["parameter"]) for node in graph.nodes if node.op == "placeholder"]
+        places = _placeholders(graph)
         code = graph.python_code("self")
-        namespace = dict(code.globals)
-        exec(
-            compile(code.src, f"<lightning_lowbit forward of {type(self.module).__name__}>", "exec"),
-            namespace,
-        )
+        namespace, source = dict(code.globals), code.src
+        for place, access in places.items():
+            source = source.replace(f"self.{place}", access)
+        exec(compile(source, f"<lightning_lowbit forward of {type(self.module).__name__}>", "exec"), namespace)
         written = namespace["forward"]
         return (torch.compile(written) if self.compiled else written), parameters
 
@@ -132,3 +134,24 @@ class TracedForward:
             "arguments' defaults and for the calls in the network's own code. Convert with "
             f"skip=['{path}'], or make the branch a module."
         )
+
+
+def _placeholders(graph: torch.fx.Graph) -> dict[str, str]:
+    """Give modules whose names are no Python a placeholder in ``graph``; by placeholder, the code that stands for it.
+
+    Names such as keys of a ModuleDict may come from a checkpoint's hyperparameters, and torch.fx writes them as code.
+    """
+    found: dict[str, str] = {}
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr") and not all(map(_is_name, node.target.split("."))):
+            place = f"lowbit_place_{len(found)}_"
+            found[place] = functools.reduce(
+                lambda code, part: f"getattr({code}, {part!a})", node.target.split("."), "self"
+            )
+            node.target = place
+    return found
+
+
+def _is_name(part: str) -> bool:
+    plain = part.isidentifier() and not keyword.iskeyword(part) and unicodedata.normalize("NFKC", part) == part
+    return plain and not part.startswith("lowbit_place_")
