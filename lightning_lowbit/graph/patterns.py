@@ -174,11 +174,27 @@ class _Planner:
         layers = [r.path for r in readers(call) if r.kind is Kind.COMPUTE and r.path in self.convertible]
         last = all(self.ends[path][1] for path in layers if path) and (known is None or known.last)
         channels, behind = _channels(call)
+        consumers, operations = self._consumers(call)
+        if known is not None:
+            consumers, operations = [*known.readers, *consumers], [*known.operations, *operations]
         self.sites[key] = Site(
             path, role, op, pattern, self._signed(call), last=last, channels=channels, behind=behind,
             multiplied=multiplied, read=read or (known is not None and known.read), slot="lowbit_output",
-            clips=clips(call.target, call.args, call.kwargs),
+            clips=clips(call.target, call.args, call.kwargs), readers=_once(consumers), operations=_once(operations),
         )  # fmt: skip
+
+    def _consumers(self, call: Call) -> tuple[list[str], list[str]]:
+        """Paths of the converted layers that multiply a call's values, and of the operations that read them."""
+        layers, operations = list[str](), list[str]()
+        for reader in readers(call):
+            if reader.kind is Kind.COMPUTE and reader.path in self.convertible:
+                layers.append(reader.path)
+            elif reader.kind is Kind.CAT:
+                behind, beside = self._consumers(reader)
+                layers, operations = layers + behind, operations + beside
+            elif reader.kind in (Kind.ADD, Kind.AVG_POOL) or reader.path in self.islands:
+                operations.append(self.names[id(reader)])
+        return layers, operations
 
     def _leave(self, call: Call) -> None:
         """A result that the outside or float code sees, not only rectifiers and norms."""
@@ -268,14 +284,15 @@ class _Planner:
         site = Site(
             call.path, "input", COMPUTE[type(call.target)], "", signed, source=role, channels=channels,
             behind=len(getattr(call.target, "kernel_size", ())), multiplied=True, slot="lowbit_input",
-            dropped=_dropped(call.inputs[0]),
+            dropped=_dropped(call.inputs[0]), arrives=self.sites[sources[0]] if sources else None,
         )  # fmt: skip
         known = self.sites.get(site.key)
         if known is not None:  # called again; what arrives on two grids, or on none, is quantized by the layer itself
             same = sources[:1] == self.arrives_on[call.path]
             signed = signed if signed == known.signed else True if True in (signed, known.signed) else None
             dropped = site.dropped or known.dropped
-            site = replace(known, signed=signed, source=known.source if same else None, dropped=dropped)
+            source, arrives = (known.source, known.arrives) if same else (None, None)
+            site = replace(known, signed=signed, source=source, dropped=dropped, arrives=arrives)
         self.arrives_on.setdefault(call.path, sources[:1])
         self.sites[site.key] = site
 
@@ -285,7 +302,8 @@ class _Planner:
         if keys:
             return keys
         path, slot = self.names[id(call)], f"lowbit_operand_{index}"
-        site = Site(path, "operand", call.kind.value, "", self._signed(source), slot=slot)
+        consumers = self._consumers(call)[0] if call.kind is Kind.CAT else ()
+        site = Site(path, "operand", call.kind.value, "", self._signed(source), slot=slot, readers=_once(consumers))
         self.sites[site.key] = site
         return [site.key]
 
@@ -344,6 +362,10 @@ class _Planner:
                     self.result.layers[self.result.layers.index(layer)] = replace(layer, first=first, last=last)
                 self.result.ties.append([f"{layer.path}.lowbit_weight" for layer in layers])
                 self.result.same_grid.update(self.result.ties[-1])
+
+
+def _once(paths: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(paths))
 
 
 def _dropped(call: Call) -> bool:

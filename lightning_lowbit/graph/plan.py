@@ -36,6 +36,9 @@ class Site:
         slot: name of the quantizer in its module.
         dropped: whether a dropout scales it between that quantizer and here.
         clips: between what a hardtanh clips its values, None of anything else.
+        readers: paths of the converted layers that multiply it, through what only moves it and through concats.
+        operations: paths of the sums, pools and norms that read it beside them.
+        arrives: of an input, the site whose quantizer the tensor has passed already; of a concat the first one.
     """
 
     path: str
@@ -54,6 +57,9 @@ class Site:
     slot: str = ""
     dropped: bool = False
     clips: tuple[float, float] | None = None
+    readers: tuple[str, ...] = ()
+    operations: tuple[str, ...] = ()
+    arrives: Site | None = field(default=None, repr=False)
 
     @property
     def key(self) -> str:

@@ -133,8 +133,7 @@ def trace_container(
         try:
             graph = _OwnForward().trace(module, concrete_args=fixed or None)
         except Exception as error:  # whatever user code raises when handed proxies
-            reason = " ".join(str(error).split())[:160] or type(error).__name__
-            return Untraceable(path, _last_user_frame(error, module), reason)
+            return Untraceable(path, _last_user_frame(error, module), _reason(error))
     made = [str(n.target) for n in graph.nodes if n.op == "get_attr" and "_tensor_constant" in str(n.target)]
     if made:
         effects.append("it makes a tensor without its inputs (torch.tensor, torch.arange, torch.randn); use a buffer")
@@ -161,8 +160,17 @@ def trace_step(module: nn.Module) -> torch.fx.Graph | Untraceable:
         try:
             return tracer.trace(module, concrete_args=dict.fromkeys(behind_batch, 0))
         except Exception as error:  # whatever user code raises when handed proxies
-            reason = " ".join(str(error).split())[:160] or type(error).__name__
-            return Untraceable("", _last_user_frame(error, module), reason)
+            return Untraceable("", _last_user_frame(error, module), _reason(error))
+
+
+def _reason(error: Exception) -> str:
+    """Why a forward could not be recorded, in words of its author's; then those of whoever raised."""
+    text = " ".join(str(error).split()).rstrip(".")[:160] or type(error).__name__
+    if isinstance(error, torch.fx.proxy.TraceError):
+        return f"control flow (if, while, a loop) on a tensor or its shape; torch.fx: {text}"
+    if "Proxy" in text or "symbolic" in text:
+        return f"it needs the value or the size of a tensor, of which only the place is known; Python: {text}"
+    return text
 
 
 def _name_parameters(graph: torch.fx.Graph, module: nn.Module) -> None:

@@ -47,12 +47,14 @@ class Tally:
     saturated: dict[str, Tensor] = field(default_factory=dict)
 
     def count(self, quantizer: Quantizer, x: Tensor) -> None:
+        if not quantizer.counts:
+            return
         key = quantizer.site.key
         self.seen[key] = self.seen.get(key, 0) + x.numel()
         self.saturated[key] = self.saturated.get(key, torch.zeros((), device=x.device)) + quantizer.saturated(x)
 
     def share(self, key: str) -> float | None:
-        """Saturated share of a site's values; None where it saw none."""
+        """Saturated share of a site's values; None where it saw none, or cannot tell."""
         return float(self.saturated[key]) / self.seen[key] if self.seen.get(key) else None
 
 
@@ -298,7 +300,7 @@ def switch_of(root: nn.Module) -> Switch:
         return module.switch
     raise ConfigError(
         f"{type(root).__name__}: no low-bit layer found. Convert it first: lightning_lowbit.convert(module, 'tqt'), "
-        "or run it in a Trainer with QuantCallback()."
+        "or run it in a Trainer with QuantCallback(); at the command line: fit --quant.scheme tqt."
     )
 
 

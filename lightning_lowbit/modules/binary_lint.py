@@ -281,7 +281,8 @@ class _Lint:
             yield Finding(name, what, f"put nn.BatchNorm{len(getattr(layer, 'kernel_size', (1,)))}d behind it")
         norm = self._subtracts(call) if layer.bias is not None and layer.bias.requires_grad else None
         if norm is not None:
-            what = f"{norm} takes its bias away again, whose gradient is rounding noise that Adam turns into steps"
+            noise = "rounding noise that an adaptive optimizer turns into steps"
+            what = f"{norm} takes its bias away again, whose gradient is {noise}"
             yield Finding(name, what, "write bias=False")
 
     def _subtracts(self, call: Call) -> str | None:

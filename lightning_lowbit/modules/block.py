@@ -115,7 +115,10 @@ class BlockRange(Quantizer):
         return x if is_codes(x) else apply(_Enter, x, self)
 
     def saturated(self, x: Tensor) -> Tensor:
-        return torch.zeros((), device=x.device) if isinstance(x, Carrier) else (x.abs() > pow2(self.range())).sum()
+        """Codes at the ends, as `QuantMonitor` counts them: those of a carrier are clipped already."""
+        if isinstance(x, Carrier) and is_codes(x):
+            return _at_ends(x.payload)
+        return _at_ends(input_codes(plain(x), _present(self.range()), narrow=self.narrow)[0])
 
     def exponent(self) -> Tensor:
         return clamp_exponent(self.range() - PAYLOAD_BITS)
@@ -172,6 +175,12 @@ class _Enter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         return grad if ctx.integer else plain(grad), None
+
+
+def _at_ends(codes: Tensor, bits: int = PAYLOAD_BITS) -> Tensor:
+    """How many codes stand at an end of their range, -128 included, 0-dim."""
+    ends: Tensor = (codes >= 2**bits - 1) | (codes <= 1 - 2**bits)
+    return ends.sum()
 
 
 def _present(found: Tensor) -> Tensor:
@@ -271,6 +280,10 @@ class WeightCodes(Quantizer):
 
     def quantize(self, x: Tensor, rectify: bool = False) -> Tensor:
         return x
+
+    def saturated(self, x: Tensor) -> Tensor:
+        """Codes at the ends: an update moves them no further."""
+        return _at_ends(self.codes(), self.bits)
 
     def exponent(self) -> Tensor:
         return self.block_exponent.round().to(torch.int32)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lowbit.errors import ConfigError
+from lightning_lowbit.modules.answers import check_grids, first_tensors
 from lightning_lowbit.modules.base import LowBitModule, Mode, mode, switch_of
 from lightning_lowbit.modules.convert import quantizers
 from lightning_lowbit.modules.layers import LowBitLayer
@@ -38,7 +39,8 @@ def calibrate(
     Returns:
         keys of sites that stay open, because their tensors were zero throughout.
     Raises:
-        ConfigError: no batch, a value that is not finite, or a converted layer that never ran.
+        ConfigError: no batch, a value that is not finite, a converted layer that never ran, or a quantizer that leaves
+            the grid that it declares.
     """
     switch = switch_of(root)
     training = [module for module in root.modules() if module.training]
@@ -46,7 +48,8 @@ def calibrate(
     try:
         root.eval()
         switch.ran = set()
-        with mode([switch], Mode.OBSERVE), torch.no_grad():
+        every = [quantizer for _, quantizer in quantizers(root)]
+        with mode([switch], Mode.OBSERVE), torch.no_grad(), first_tensors(every) as seen:
             for again in (False, True):
                 _observe_weights(root)
                 if run() == 0:
@@ -67,6 +70,7 @@ def calibrate(
         for scheme in {id(m.scheme): m.scheme for m in root.modules() if isinstance(m, LowBitModule)}.values():
             with torch.no_grad():
                 scheme.refine(root, run, all_reduce)
+        check_grids(root, seen)
     finally:
         for _, quantizer in quantizers(root):
             quantizer.forget()  # after a refusal too: the next calibration starts from nothing
@@ -106,6 +110,17 @@ def _require_ran(root: nn.Module, ran: set[str], accepted: Callable[[str], bool]
         raise ConfigError(
             f"{silent[0]}: converted, but it did not run in calibration"
             + (f" (nor did {len(silent) - 1} more: {', '.join(silent[1:4])})" if len(silent) > 1 else "")
-            + ". A layer that is bypassed stays float unseen. If that is meant, name it in skip=; otherwise "
-            "calibrate on batches that reach it."
+            + ". A layer that is bypassed stays float unseen."
+            + _branch(root, silent[0])
+            + " If that is meant, name it in skip=; otherwise calibrate on batches that reach it."
         )
+
+
+def _branch(root: nn.Module, path: str) -> str:
+    """The forward around a silent layer that is not followed, if there is one: the layer may be in a branch of it."""
+    around = [u for u in switch_of(root).conversion.untraced if not u.path or path.startswith(f"{u.path}.")]
+    if not around:
+        return ""
+    inner = max(around, key=lambda untraced: len(untraced.path))
+    name = inner.path or type(root).__name__
+    return f" The forward around it is not followed: {name} ({inner.where}): {inner.reason}; it may stand in a branch."

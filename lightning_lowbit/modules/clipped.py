@@ -170,6 +170,13 @@ class ClipQuantizer(Quantizer):
     def saturated(self, x: Tensor) -> Tensor:
         return clip_saturated(x.detach(), self.limits(), self.form.rounding)
 
+    def log2_threshold(self) -> Tensor | None:
+        if self.fixed is not None:
+            return None
+        members = [member for member in self.group if isinstance(member, ClipQuantizer)]
+        found = [limits_of(m.clips, m.flag, m.bits, power2=False, symmetric=m.form.symmetric) for m in members]
+        return torch.stack([torch.maximum(-limits.low, limits.high) for limits in found]).amax().log2()
+
     # -- the range ----------------------------------------------------------------------------------------
     @property
     def follows(self) -> bool:

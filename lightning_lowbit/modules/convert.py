@@ -7,14 +7,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_lowbit.errors import ConfigError
+from lightning_lowbit.errors import ConfigError, listed
 from lightning_lowbit.graph.network import Call, Flow, ends, follow, readers
-from lightning_lowbit.graph.ops import Kind, multiplies
+from lightning_lowbit.graph.ops import Kind, is_leaf, multiplies
 from lightning_lowbit.graph.patterns import make_plan
 from lightning_lowbit.graph.plan import LayerPlan, OpPlan, Plan, Site
 from lightning_lowbit.graph.rewrite import TracedForward
-from lightning_lowbit.graph.trace import CallKey
+from lightning_lowbit.graph.trace import CallKey, Untraceable, has_forward
+from lightning_lowbit.modules.answers import checked_quantizer
 from lightning_lowbit.modules.base import LowBitModule, Scheme, Switch, low_bit_modules
 from lightning_lowbit.modules.elementwise import LowBitOp, make_op
 from lightning_lowbit.modules.exits import place_exits
@@ -52,6 +54,8 @@ class Report:
     skipped: dict[str, str] = field(default_factory=dict)  # path -> reason
     float_by_nature: dict[str, list[str]] = field(default_factory=dict)  # class name -> paths
     uncovered: list[str] = field(default_factory=list)  # code whose functional operations stay float
+    untraced: list[Untraceable] = field(default_factory=list)  # forwards that are not followed
+    effects: list[str] = field(default_factory=list)  # of those: each with its reason, what follows, and the way out
     sites: list[Site] = field(default_factory=list)
     ties: list[list[str]] = field(default_factory=list)
     derived_ties: list[list[str]] = field(default_factory=list)  # what the data flow says; ties may be a file's
@@ -114,13 +118,16 @@ def convert_module(
     flow = follow(root)
     result = Report(skipped=left_out(root, selection, scheme, ends(root, flow)), float_by_nature=float_by_nature(root))
     wanted = wanted_layers(root, result.skipped)
-    plan = make_plan(root, flow, wanted, *norms_to_keep(root, scheme))
+    kept, islands = norms_to_keep(root, scheme)
+    plan = make_plan(root, flow, wanted, kept, islands)
     plan.ties = scheme.tied(root, flow, plan)
     result.uncovered = _uncovered(root, flow, wanted)
+    result.untraced = flow.untraced
     result.between = _between(flow, plan)
     builder = _Builder(root, scheme, plan, flow)
     builder.build(ties)
     builder.switch.conversion = result
+    result.effects = _effects(root, flow, kept)
     result.notes = scheme.connect(root, flow, plan)
     result.layers, result.sites = plan.layers, [q.site for _, q in quantizers(root)]
     result.derived_ties = _present(plan.ties, {site.key for site in result.sites})
@@ -131,13 +138,39 @@ def convert_module(
 
 def _uncovered(root: nn.Module, flow: Flow, wanted: set[str]) -> list[str]:
     """Code that was not followed, and float functions that feed a converted layer or multiply."""
-    notes = [f"{u.path or type(root).__name__} ({u.where}): {u.reason}" for u in flow.untraced]
+    notes = [_not_followed(root, untraced) for untraced in flow.untraced]
     for call in flow.calls:
         if call.kind is not Kind.FLOAT or call.path is not None:
             continue
         if multiplies(call.target) or any(reader.path in wanted for reader in call.readers):
             notes.append(f"{call.name} ({call.where}) stays float")
     return list(dict.fromkeys(notes))
+
+
+def _not_followed(root: nn.Module, untraced: Untraceable) -> str:
+    return f"{untraced.path or type(root).__name__} ({untraced.where}): {untraced.reason}"
+
+
+def _effects(root: nn.Module, flow: Flow, kept: set[str]) -> list[str]:
+    """Of each forward that is not followed: what stays float for that alone; ``kept`` are norms that do anyway."""
+    followed = {"", *(path for path, module in root.named_modules() if has_forward(module) and not is_leaf(module))}
+    norms: dict[str, list[str]] = {}
+    for path, module in root.named_modules():
+        if isinstance(module, _BatchNorm) and not isinstance(module, LowBitModule) and path not in kept:
+            caller = path.rpartition(".")[0]
+            while caller not in followed:
+                caller = caller.rpartition(".")[0]
+            norms.setdefault(caller, []).append(path)
+    found = []
+    for untraced in flow.untraced:
+        result = "functions between them stay float"
+        if untraced.path in norms:
+            result = f"its batch norms stay float ({listed(norms[untraced.path], 3)}), and there is no export to C"
+        found.append(
+            f"{_not_followed(root, untraced)}. Its layers are converted one by one: {result}. "
+            "Move that out of forward, or decide it in __init__."
+        )
+    return list(dict.fromkeys(found))
 
 
 def _between(flow: Flow, plan: Plan) -> list[str]:
@@ -219,7 +252,7 @@ class _Builder:
         return norm
 
     def _quantizer(self, site: Site) -> None:
-        quantizer = self.scheme.quantizer(site)
+        quantizer = checked_quantizer(self.scheme, site)
         if quantizer is None:
             return
         quantizer.switch = self.switch

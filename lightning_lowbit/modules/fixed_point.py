@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from lightning_lowbit.modules.elementwise import LowBitAvgPool, LowBitOp, LowBitReLU
+from lightning_lowbit.modules.fixed_point_operands import FraclenWeight
 from lightning_lowbit.modules.fraclen import FraclenInput
 from lightning_lowbit.modules.layers import LowBitLayer
 from lightning_lowbit.modules.quantizer import on
 from lightning_lowbit.numerics.exponent import pow2
+from lightning_lowbit.numerics.fraclen import largest_code
 from lightning_lowbit.numerics.guards import FLOAT32_EXACT, float_sums_exact
 from lightning_lowbit.numerics.rectifier import rectify
 
@@ -48,8 +50,10 @@ def proved(layer: LowBitLayer, weight: Tensor, bias: Tensor | None) -> bool:
     if not isinstance(source, FraclenInput) or source.exponent().dim() or layer.lowbit_weight is None:
         return False
     if torch.compiler.is_compiling():  # reads no value: the largest weight in every place
+        if bias is not None or not isinstance(layer.lowbit_weight, FraclenWeight):
+            return False
         terms = math.prod(weight.shape[1:]) if layer.out_axis == 0 else math.prod(weight.shape) // weight.shape[1]
-        return bias is None and terms * source.qmax * 2**7 < FLOAT32_EXACT
+        return terms * source.qmax * largest_code(layer.lowbit_weight.bits, signed=True) < FLOAT32_EXACT
     unit = layer.accumulator_exponent()
     if unit is None or layer.lowbit_weight.exponent().dim():
         return False

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_lowbit.modules.base import Mode, Site
-from lightning_lowbit.modules.fraclen import FraclenInput, grid_of, tell_range
+from lightning_lowbit.modules.fraclen import FraclenInput, beyond, grid_of, tell_range
 from lightning_lowbit.modules.quantizer import Quantizer
 from lightning_lowbit.modules.thresholds import BiasQuantizer
 from lightning_lowbit.numerics.exponent import ceil_log2, pow2
@@ -79,9 +79,9 @@ class FraclenWeight(Quantizer):
         if self.per_channel:
             self.fraclen = choose(measure(x, self.select, self.bits, True, axis=0), self.select, self.bits, True)
         elif self.small and x.numel():  # counted from the power of two that holds them all
-            beyond = (-ceil_log2(x.detach().abs().amax())).clamp(0, _MOST_BEYOND)
-            sums = measure(x, self.select, self.bits, True, unit=pow2(beyond, torch.float64))
-            self.fraclen = beyond + choose(sums, self.select, self.bits, True)
+            more = (-ceil_log2(x.detach().abs().amax())).clamp(0, _MOST_BEYOND)
+            sums = measure(x, self.select, self.bits, True, unit=pow2(more, torch.float64))
+            self.fraclen = more + choose(sums, self.select, self.bits, True)
         else:
             self.fraclen = choose(measure(x, self.select, self.bits, True), self.select, self.bits, True)
         return fix_quant(x, self.fraclen, bits=self.bits, ste=self.ste, axis=0)
@@ -103,8 +103,7 @@ class FraclenWeight(Quantizer):
         return grid_of(self.exponent(), self.bits, True, axis=0)
 
     def saturated(self, x: Tensor) -> Tensor:
-        codes = torch.round(x.detach() * pow2(-self.exponent(), x.dtype)) if self.exponent().dim() == 0 else x
-        return codes.abs().gt(largest_code(self.bits, True)).sum()
+        return beyond(x.detach(), self.exponent(), largest_code(self.bits, True), True, axis=0)
 
 
 class EvaluationBias(BiasQuantizer):

@@ -45,13 +45,17 @@ class Wiring:
                 layer.lowbit_input.absorbs = True
 
     def clip(self, clipped: list[EdgeClass], private: bool) -> None:
-        """Give every reader of the classes its clip, ReLU6's bound, and behind a mean (``private``) its own fraclen."""
+        """Give every reader of the classes its clip and ReLU6's bound.
+
+        Behind a mean (``private``), or with another width than its leader, it has a fraclen of its own.
+        """
         for edges in clipped:
             inputs = {path: self._input(path) for path in edges.consumers}
             for source in inputs.values():
                 if source.alpha is None:  # the only one of its tie
                     source.share([source], True)
                 source.limit = _SIX if edges.rectified_at_six else None
+                source.private = source.form.bits != source.leader.form.bits
             for path in (path for pool in edges.pools for path in pool.consumers if private):
                 inputs[path].private = True
 

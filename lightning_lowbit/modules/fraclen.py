@@ -21,7 +21,7 @@ from lightning_lowbit.numerics.grid import Grid
 from lightning_lowbit.numerics.observers import AllReduce, RangeObserver
 from lightning_lowbit.numerics.ranges import exponent_candidates, mse_by_exponent, threshold_mse_exponent
 
-__all__ = ["ALPHA_MIN", "FraclenInput", "InputFormat", "Ties", "grid_of", "tell_range"]
+__all__ = ["ALPHA_MIN", "FraclenInput", "InputFormat", "Ties", "beyond", "grid_of", "tell_range"]
 
 Ties = Literal["shared", "realign", "reference"]
 
@@ -33,7 +33,7 @@ _FIRST_FRACLEN = 6.0  # before anything was seen
 
 @dataclass(frozen=True)
 class InputFormat:
-    """How a tensor that layers read is quantized; one value for a whole network.
+    """How a tensor that layers read is quantized; within a network only widths differ, and what follows from them.
 
     Attributes:
         bits: of a code.
@@ -79,7 +79,8 @@ class FraclenInput(ObservedQuantizer):
             that it stays what it is when the leader's, and with it the unit, moves.
         current: of the present batch, not saved.
         sums: statistics since the last optimizer step, not saved.
-        private: whether it has a fraclen of its own where its tie shares one: means are smaller than what they are of.
+        private: whether it has a fraclen of its own where its tie shares one: means are smaller than what they are of,
+            and codes of another width end elsewhere.
         limit: largest clip, where that does the work of a rectifier with an upper bound.
         reader: the layer that multiplies what it gives; None of an operand.
         mean: the mean by a shift that it reads (fixed_point.average), with the factor that weights make up for.
@@ -113,7 +114,7 @@ class FraclenInput(ObservedQuantizer):
 
     @property
     def leader(self) -> FraclenInput:
-        """The member of its tie that runs first."""
+        """The member of its tie whose clip the unit is made of: of those as narrow as it, the one that runs first."""
         return next(member for member in self.group if isinstance(member, FraclenInput))
 
     @property
@@ -149,7 +150,7 @@ class FraclenInput(ObservedQuantizer):
         """What 1 in the tensor is worth, 0-dim or [C] per channel; None is 1."""
         if self.alpha is None or not self.ready or not self.switch.quantizing:
             return None
-        unit = pow2(self.counted.rounded().to(torch.int32), self.alpha.dtype) * self.clip() / self.qmax
+        unit = pow2(self.counted.rounded().to(torch.int32), self.alpha.dtype) * self.clip() / self.counted.qmax
         return unit if unit.numel() > 1 else unit.reshape(())
 
     def clip(self) -> Tensor:
@@ -240,9 +241,10 @@ class FraclenInput(ObservedQuantizer):
         return weight * unit.reshape([-1 if i == axis else 1 for i in range(weight.dim())])
 
     def saturated(self, x: Tensor) -> Tensor:
-        x = self._realigned(x.detach())
-        codes = torch.round(x * pow2(-self.exponent(), x.dtype)) if self.exponent().dim() == 0 else x
-        return (codes.abs() if self.signed else codes).gt(self.qmax).sum()
+        return beyond(self._realigned(x.detach()), self.exponent(), self.qmax, self.signed, axis=1)
+
+    def log2_threshold(self) -> Tensor | None:
+        return None if self.alpha is None else self.clip().detach().log2()
 
     def set_signed(self, signed: bool) -> None:
         super().set_signed(signed)
@@ -287,7 +289,7 @@ class FraclenInput(ObservedQuantizer):
             observer.reduce(all_reduce)
         high = torch.stack([observer.stats.abs_max(member.signed) for member, observer in seen]).max()
         candidates = exponent_candidates(high, 12)
-        errors = {member: self._errors(observer, candidates) for member, observer in seen}
+        errors = {member: member._errors(observer, candidates) for member, observer in seen}
         clipped = [member for member in errors if not member.relative]  # alpha is the clip of all of them
         best = self._best(candidates, torch.stack([errors[member] for member in clipped]).sum(0))
         if best is not None:
@@ -296,7 +298,7 @@ class FraclenInput(ObservedQuantizer):
                 if self.alpha is not None and not self.inherited:
                     self.alpha.fill_(min(self.qmax * 2.0**-best, self.limit or torch.inf))
                 for member in errors:
-                    own = self._best(candidates, errors[member]) if member.relative else best
+                    own = member._best(candidates, errors[member]) if member.relative else best
                     member._begin(best if own is None else own, best)
         if best is not None and self.alpha is None and self.fixed is None:
             most = largest_fraclen(self.form.bits, self.signed)
@@ -309,6 +311,13 @@ class FraclenInput(ObservedQuantizer):
             most = largest_fraclen(self.form.bits, self.signed)
             self.fraclen.fill_(fraclen - of_unit if self.relative else min(max(fraclen, 0), most))
             self.current.copy_(self.rounded())
+            if self.relative and (needed := int(self.leader.rounded()) + fraclen - of_unit) < 0:
+                warnings.warn(
+                    f"{self.site.key}: {self.form.bits}-bit codes would need {needed} bits behind the point in the "
+                    f"unit that {self.leader.site.path} sets with {self.leader.form.bits}, expected at least 0: large "
+                    f"values are clipped. Give {self.site.path} more act_bits, or {self.leader.site.path} fewer.",
+                    stacklevel=2,
+                )
 
     def _errors(self, observer: RangeObserver, candidates: Tensor) -> Tensor:
         assert observer.histogram is not None
@@ -327,6 +336,13 @@ def grid_of(exponent: Tensor, bits: int, signed: bool, axis: int) -> Grid:
     if exponent.dim():
         return Grid(bits, tuple(exponent.tolist()), signed=signed, narrow=True, axis=axis)
     return Grid(bits, int(exponent), signed=signed, narrow=True)
+
+
+def beyond(x: Tensor, exponent: Tensor, largest: int, signed: bool, axis: int) -> Tensor:
+    """How many values round to codes beyond ``largest``, 0-dim; ``axis`` is that of an exponent per channel."""
+    shape = [-1 if i == axis else 1 for i in range(x.dim())] if exponent.dim() else []
+    codes = torch.round(x * pow2(-exponent, x.dtype).reshape(shape))
+    return (codes.abs() if signed else codes).gt(largest).sum()
 
 
 def tell_range(key: str, high: float, too_large: bool, most: int, bits: int, signed: bool) -> None:

@@ -102,6 +102,11 @@ def integer_layer(layer: LowBitLayer, x: Tensor) -> Tensor:
         )
     quantizer: Any = layer.lowbit_bias
     bias = None if quantizer is None else quantizer.target()
+    if layer.switch.tally is not None:
+        weight: Any = layer.lowbit_weight
+        for codes in (weight, quantizer):
+            if codes is not None:
+                layer.switch.tally.count(codes, codes.target())
     return apply(_Product, x, layer.weight, bias, layer)
 
 

@@ -62,7 +62,10 @@ def rounded(acc: Tensor, exponent: Tensor, origin: Any, ranges: BlockRange, purp
     codes = kernels.requantize(acc, shift, rounding=rounding, noise=noise)
     if origin.scheme.wraps:  # the published code: what needs no shift is cast, and +128 becomes -128
         codes = torch.where(shift == 0, acc.to(torch.int8), codes)
-    return carry(codes, exponent + shift, origin)
+    made = carry(codes, exponent + shift, origin)
+    if purpose == "act" and ranges.switch.tally is not None:
+        ranges.switch.tally.count(ranges, made)
+    return made
 
 
 def lower_rounded(build: Builder, acc: Codes, origin: Any, ranges: BlockRange) -> Codes:

@@ -62,6 +62,11 @@ class Quantizer(nn.Module):
     def grid(self) -> Grid:
         """The present grid, read back to the host."""
 
+    @property
+    def stored_bits(self) -> int:
+        """Bits in which a device stores one value: those of a code, unless its codes are packed in another way."""
+        return self.grid().bits
+
     def as_snap(self) -> Snap:
         """What it does in evaluation, for an integer program; UnsupportedModelError where that has none."""
         if not self.ready:
@@ -87,6 +92,15 @@ class Quantizer(nn.Module):
     def saturated(self, x: Tensor) -> Tensor:
         """How many values of ``x`` lie beyond the grid, 0-dim."""
         return torch.zeros((), device=x.device)
+
+    def log2_threshold(self) -> Tensor | None:
+        """log2 of what it clips at where training moves that, before any rounding up, 0-dim; None elsewhere."""
+        return None
+
+    @property
+    def counts(self) -> bool:
+        """Whether it can say which values are saturated."""
+        return type(self).saturated is not Quantizer.saturated
 
     def inherit(self, state: dict[str, Tensor]) -> None:
         """Take from another network's quantizer of this tensor what its weights are nothing without; {} mostly."""

@@ -14,6 +14,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from lightning_lowbit.errors import ConfigError, UnsupportedModelError, nearest
 from lightning_lowbit.graph.ops import COMPUTE, FLOAT_BY_NATURE
 from lightning_lowbit.graph.plan import Site
+from lightning_lowbit.modules.answers import norm_word
 from lightning_lowbit.modules.base import Scheme
 from lightning_lowbit.modules.layers import LowBitLayer
 from lightning_lowbit.modules.norm import NORMS
@@ -172,7 +173,7 @@ def norms_to_keep(root: nn.Module, scheme: Scheme) -> tuple[set[str], set[str]]:
         if isinstance(module, _BatchNorm):
             known = type(module) in NORMS and (scheme.runs_norms or not isinstance(module, nn.SyncBatchNorm))
             foldable = known and module.track_running_stats and module.running_mean is not None
-            answer = scheme.batch_norm(Site(path, "output", "batch_norm"), module)
+            answer = norm_word(scheme, path, module)
             if not foldable or answer not in ("fold", "fold_or_island"):
                 kept.add(path)
             if known and answer in ("island", "fold_or_island"):

@@ -106,6 +106,9 @@ class ThresholdQuantizer(ObservedQuantizer):
         codes = round_to(x.detach() / pow2(self.exponent(), x.dtype), self.rounding)
         return ((codes < self.qmin) | (codes > self.qmax)).sum()
 
+    def log2_threshold(self) -> Tensor | None:
+        return self.log2_t.detach()
+
     # -- ties and calibration -----------------------------------------------------------------------------
     def share(self, group: Sequence[Quantizer], same_grid: bool) -> None:
         for member in group:

@@ -15,7 +15,7 @@ from lightning_lowbit.errors import ConfigError, nearest
 from lightning_lowbit.modules.base import Scheme
 from lightning_lowbit.modules.convert import Pattern, Report, Selection, convert_module
 
-__all__ = ["convert", "find", "registry", "resolve"]
+__all__ = ["convert", "find", "registry", "require_usable", "resolve"]
 
 GROUP = "lightning_lowbit.schemes"
 
@@ -58,25 +58,32 @@ def find(name: str) -> type[Scheme]:
     for cls in _subclasses(Scheme):
         if name in (cls.name, f"{cls.__module__}.{cls.__qualname__}"):
             return cls
-    raise ConfigError(f"scheme: no scheme is called {name!r}.{nearest(name, known)}")
+    raise ConfigError(
+        f"scheme: no scheme is called {name!r}.{nearest(name, known)} A scheme of your own is imported first: at the "
+        "command line, --quant.scheme my_module.MyScheme."
+    )
 
 
 def resolve(scheme: Scheme | str, **options: Any) -> Scheme:
     """An instance from a name and options, or from an instance and changes to it.
 
     Raises:
-        ConfigError: unknown name or option, with the nearest valid one.
+        ConfigError: unknown name or option, with the nearest valid one; a class that cannot be used as it is.
     """
     if isinstance(scheme, str):
         cls = find(scheme)
+        require_usable(cls)
         _check_options(cls, options)
         return cls(**options)
     if isinstance(scheme, type) and issubclass(scheme, Scheme):
-        return resolve(scheme.name, **options)
+        require_usable(scheme)
+        _check_options(scheme, options)
+        return scheme(**options)
     if not isinstance(scheme, Scheme):
         raise ConfigError(
             f"scheme: got {scheme!r}, expected a name such as 'tqt' or a Scheme instance.{nearest('', registry())}"
         )
+    require_usable(type(scheme))
     _check_options(type(scheme), options)
     return scheme.replace(**options) if options else scheme
 
@@ -116,6 +123,35 @@ def convert(
 
         calibrate(module, run)
     return result
+
+
+def require_usable(cls: type[Scheme]) -> None:
+    """ConfigError where a scheme's class is no dataclass, or has the name of another, as which its checkpoints load."""
+    if cls in _built_in().values():
+        return
+    own = f"{cls.__module__}.{cls.__qualname__}"
+    if not hasattr(cls, "__dataclass_fields__"):
+        raise ConfigError(
+            f"scheme: {own} is no dataclass, expected one: its fields are the options, and what a checkpoint keeps. "
+            f"Write @dataclass(frozen=True) above class {cls.__name__}."
+        )
+    other = _named(cls.name, but=cls)
+    if other is not None:
+        inherited = "inherits" if "name" not in vars(cls) else "has"
+        raise ConfigError(
+            f"scheme: {own} {inherited} the name {cls.name!r}, taken by {other}, as which its checkpoints would load. "
+            f'Give it a name of its own, as in name: ClassVar[str] = "{cls.__name__.lower()}".'
+        )
+
+
+def _named(name: str, but: type[Scheme]) -> str | None:
+    """The class path of another scheme called ``name``; the same class defined anew, as in a notebook, is no other."""
+    if not name:
+        return None
+    installed = [entry.load() for entry in entry_points(group=GROUP, name=name)]
+    known = [cls for cls in (*_built_in().values(), *_subclasses(Scheme)) if cls.name == name]
+    paths = [f"{cls.__module__}.{cls.__qualname__}" for cls in (*known, *installed)]
+    return next((path for path in paths if path != f"{but.__module__}.{but.__qualname__}"), None)
 
 
 def _check_options(cls: type[Scheme], options: dict[str, Any]) -> None:

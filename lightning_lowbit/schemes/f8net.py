@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -22,7 +22,15 @@ from lightning_lowbit.modules.layers import LowBitLayer
 from lightning_lowbit.modules.moments import check_moment
 from lightning_lowbit.modules.quantizer import Quantizer
 from lightning_lowbit.numerics.fraclen_choice import METRICS, SELECTORS
-from lightning_lowbit.schemes.options import check_bits, check_choice, check_flags
+from lightning_lowbit.schemes.options import (
+    check_bits,
+    check_choice,
+    check_flags,
+    each_override,
+    option_of,
+    require_effects,
+    require_matches,
+)
 
 if TYPE_CHECKING:
     from lightning_lowbit.graph.network import Flow
@@ -32,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["F8Net"]
 
 Select = Literal["rms", "std", "mae", "grid", "histogram"]
+_OVERRIDABLE = ("weight_bits", "act_bits")
 _CLOSED_FORM_BITS = 8
 _PIXEL_FRACLEN = 8  # pixels are n / 256
 _LEAST_STRICT_BITS = 4
@@ -71,6 +80,8 @@ class F8Net(Scheme):
         preset: "recommended", or "reference" with the published code's order: averages move within the forward.
         per_channel: in "reference", one fraclen a channel.
         own_average: in "reference", whether each reader has a moving average of its own.
+        overrides: weight_bits and act_bits per module-path pattern, those of the layer that reads: {"fc": {"act_bits":
+            4}} is 4 bits for what fc reads.
 
     Fractions in ``freeze_*`` count from the start of quantization to the end of the run.
     """
@@ -99,6 +110,7 @@ class F8Net(Scheme):
     preset: Literal["recommended", "reference"] = "recommended"
     per_channel: bool = False
     own_average: bool = True
+    overrides: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         base = 8 if self.bits is None else self.bits
@@ -125,6 +137,15 @@ class F8Net(Scheme):
             raise ConfigError(
                 f"F8Net(per_channel={self.per_channel}, own_average={self.own_average}): expected preset='reference' "
                 "with these; leave them out, or take F8Net.reference(...)."
+            )
+        widths = {_known(self.weight_bits), _known(self.act_bits)}
+        for pattern, option, value in each_override(type(self), self.overrides, _OVERRIDABLE):
+            check_bits(type(self), f"overrides[{pattern!r}].{option}", value)
+            widths.add(value)
+        if self.per_channel and widths != {_CLOSED_FORM_BITS}:
+            raise ConfigError(
+                f"F8Net(per_channel=True): got widths of {', '.join(map(str, sorted(widths)))} bits, expected "
+                f"{_CLOSED_FORM_BITS}, which its closed forms are for. Leave per_channel out."
             )
 
     def replace(self, **options: Any) -> F8Net:
@@ -159,19 +180,18 @@ class F8Net(Scheme):
     def quantizer(self, site: Site) -> Quantizer | None:
         if site.role == "input":
             return self._input(site) if self.clip or not self.floating else None
-        made = site.slot.startswith("lowbit_operand") or site.op in ("avg_pool", "activation")
-        if site.role == "operand" and made:  # by float code, or a mean: read by sums, or by nothing that is converted
-            return FraclenInput(site, self._form()) if site.read else None
+        if _is_operand(site):
+            return FraclenInput(site, self._form(site)) if site.read else None
         if site.role == "unit":
             return None if self._rescales(site) else ResultUnit(site)
         if self.floating:
             return None
         if site.role == "weight":
-            bits = _known(self.weight_bits)
+            bits = self._bits(site.path, "weight_bits")
             select, small = self._select(self.weight_select, bits), self.preset != "reference"
             return FraclenWeight(site, bits, select, self._ste(bits), self.per_channel, small)
         integer = self.bias == "int32" and not self.per_channel
-        both = _known(self.act_bits) + _known(self.weight_bits)
+        both = self._bits(site.path, "act_bits") + self._bits(site.path, "weight_bits")
         return EvaluationBias(site, both) if site.role == "bias" and integer else None
 
     def _input(self, site: Site) -> FraclenInput:
@@ -179,7 +199,7 @@ class F8Net(Scheme):
         fixed = _PIXEL_FRACLEN if pixels else None
         made = FraclenInput(
             site,
-            self._form(rounding=not (pixels and self.preset == "reference")),
+            self._form(site, rounding=not (pixels and self.preset == "reference")),
             fixed,
             absorbs=not self._rescales(site),
         )
@@ -187,13 +207,16 @@ class F8Net(Scheme):
             made.set_signed(False)
         return made
 
-    def _form(self, rounding: bool = True) -> InputFormat:
-        bits = _known(self.act_bits)
+    def _form(self, site: Site, rounding: bool = True) -> InputFormat:
+        bits = self._bits(site.path, "act_bits")
         return InputFormat(
             bits, self._select(self.select, bits), self._ste(bits) if rounding else "clip", self.ties,
             self.own_average, self.momentum,
             at_once=self.preset == "reference", per_channel=self.per_channel, rounding=rounding and not self.floating,
         )  # fmt: skip
+
+    def _bits(self, path: str, option: str) -> int:
+        return int(option_of(self, path, option))
 
     def _select(self, select: str, bits: int) -> str:
         return "grid" if select in METRICS and bits != _CLOSED_FORM_BITS else select
@@ -236,22 +259,64 @@ class F8Net(Scheme):
 
     def _clipped(self, classes: list[EdgeClass], flow: Flow) -> list[EdgeClass]:
         """Edge classes with a trained clip."""
-        return [edges for edges in classes if self.clip and edges.open is None and not keeps_six(edges, flow)]
+        return [edges for edges in classes if self.clip and self._unclipped(edges, flow) is None]
+
+    def _unclipped(self, edges: EdgeClass, flow: Flow) -> str | None:
+        """Why an edge class can have no trained clip; None where it can."""
+        if edges.open is not None:
+            return edges.open
+        if six := keeps_six(edges, flow):
+            return f"{six} has readers that do not clip"
+        if edges.rectified_at_six and len({self._bits(path, "act_bits") for path in edges.consumers}) > 1:
+            return f"{edges.rectified_at_six[0].name} has readers of several widths, whose clips are not all at 6"
+        return None
+
+    def _leader(self, edges: EdgeClass) -> str:
+        """The reader whose clip the unit is made of: the first one, at mixed widths the first of the narrowest.
+
+        In the unit of a narrow one wider codes have room behind the point; the other way round a fraclen could have to
+        be negative. Behind a mean values are small, whatever the width.
+        """
+        behind = {path for pool in edges.pools for path in pool.consumers}
+        widths = {path: self._bits(path, "act_bits") for path in edges.consumers}
+        if len(set(widths.values())) == 1:
+            return edges.consumers[0]
+        return min(widths, key=lambda path: (path in behind, widths[path]))
 
     def _ties_of(self, edges: EdgeClass, plan: Plan) -> list[list[str]]:
         inputs = [f"{path}.lowbit_input" for path in edges.consumers]
         if self.ties != "reference":
-            return [[inputs[0], *(f"{path}.lowbit_unit" for path in edges.producers), *inputs[1:]]]
+            first = f"{self._leader(edges)}.lowbit_input"
+            results = [f"{path}.lowbit_unit" for path in edges.producers]
+            return [[first, *results, *(key for key in inputs if key != first)]]
         last = {layer.path for layer in plan.layers if layer.last and layer.op == "linear"}
         union, ties = Union(), defaultdict[str, list[str]](list)
         for path in edges.consumers:  # published: through identity skips alone, and never with the classifier
             union.join([path, *(other for other in edges.skipped[path] if not last & {path, other})])
         for path, own in zip(edges.consumers, inputs, strict=True):
+            self._require_one_width(path, union.find(path))
             results = [f"{p}.lowbit_unit" for p, following in edges.following.items() if following == path]
             ties[union.find(path)] += [own, *results]
         return list(ties.values())
 
+    def _require_one_width(self, path: str, other: str) -> None:
+        bits, others = self._bits(path, "act_bits"), self._bits(other, "act_bits")
+        if bits != others:
+            raise ConfigError(
+                f"F8Net(ties='reference', overrides=...): got {bits} act_bits for {path} and {others} for {other}, "
+                "expected one width: published units are made of one clip and one largest code. Give both the same "
+                "act_bits, or take ties='shared'."
+            )
+
+    def _require_readers(self, plan: Plan) -> None:
+        """ConfigError for a width of what nothing reads, such as one on the path of the layer before."""
+        layers = [Site(layer.path, "weight", layer.op) for layer in plan.layers]
+        operands = [replace(site, readers=()) for site in plan.sites if _is_operand(site) and site.read]
+        require_effects(self, plan, {"weight_bits": layers, "act_bits": layers + operands})
+
     def connect(self, root: nn.Module, flow: Flow, plan: Plan) -> list[str]:
+        require_matches(type(self), self.overrides, plan)
+        self._require_readers(plan)
         classes = edge_classes(root, flow, plan)
         wiring, clipped = Wiring(root, flow, plan), self._clipped(classes, flow)
         wiring.absorb_before_norms()
@@ -262,7 +327,7 @@ class F8Net(Scheme):
         without: dict[str, list[str]] = defaultdict(list)
         for edges in classes if self.clip else ():
             if edges not in clipped and edges.consumers and edges.open != FROM_OUTSIDE:
-                without[edges.open or f"{keeps_six(edges, flow)} has readers that do not clip"] += edges.consumers
+                without[self._unclipped(edges, flow) or ""] += edges.consumers
         for reason, paths in without.items():
             notes.append(f"no trained clip on what {listed(paths)} read{'s' * (len(paths) == 1)}: {reason}")
         return notes
@@ -283,6 +348,12 @@ class F8Net(Scheme):
 
     def activation_bits(self) -> int:
         return 16  # sums of 8-bit products: bfloat16 counts to 256 only
+
+
+def _is_operand(site: Site) -> bool:
+    """Whether sums, or nothing that is converted, read it, and float code or a mean made it."""
+    made = site.slot.startswith("lowbit_operand") or site.op in ("avg_pool", "activation")
+    return site.role == "operand" and made
 
 
 def _known(bits: int | None) -> int:

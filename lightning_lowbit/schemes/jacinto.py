@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.modules.base import Milestone, Moment, Scheme, Site, UpdateRule
 from lightning_lowbit.modules.bias_calibration import calibrate_biases
 from lightning_lowbit.modules.clipped import ClipFormat, ClipQuantizer, RangeSync
+from lightning_lowbit.modules.convert import quantizers
 from lightning_lowbit.modules.elementwise import LowBitAvgPool, LowBitOp
 from lightning_lowbit.modules.layers import LowBitLayer
 from lightning_lowbit.modules.merged import BiasRule, MergedBias, MergedWeight, WeightFormat, merge_norm
@@ -30,6 +30,10 @@ from lightning_lowbit.schemes.options import (
     check_flags,
     check_number,
     each_override,
+    option_at,
+    option_of,
+    require_effects,
+    require_joined,
     require_matches,
 )
 
@@ -83,13 +87,15 @@ class Jacinto(Scheme):
         dead_channels: channels whose variance is nil are merged as the "constant" that they are, or like others
             ("merge", published).
         avgpool: "exact" division, quantized, or a "float" mean (published).
-        quantize_in, quantize_out: whether the network's input and its results are quantized.
+        quantize_in: whether the network's input is quantized.
+        quantize_out: whether its results are.
         bias_calibration: rate at which biases take up the shift of means behind calibration; 0 leaves them.
         freeze_batch_norm: when batch norms stop following the batches (0.75; in "reference" "half-1"); None never.
         freeze_ranges: when ranges do (0.8; in "reference" "half+1").
         warmup: when quantizers start in training from scratch.
         overrides: options per module-path pattern: weight_bits, act_bits, signed (None: as the range is) and range (a
-            limit or a pair).
+            limit or a pair). act_bits of a layer are those of what it reads; the path of an activation, a norm or a
+            pool names what that gives.
     """
 
     name: ClassVar[str] = "jacinto"
@@ -191,7 +197,7 @@ class Jacinto(Scheme):
         if site.role == "weight":
             return MergedWeight(site, self._weights(site), self.bias or "int32")
         if site.role == "bias":
-            bits = self._option(site, "weight_bits")
+            bits = option_of(self, site.path, "weight_bits")
             return None if self.bias == "float" else MergedBias(site, self.bias or "int32", bits, bool(self.power2))
         mean = site.op == "avg_pool" and site.slot == "lowbit_output"
         wanted = {
@@ -203,14 +209,14 @@ class Jacinto(Scheme):
         left = not site.read and site.last and not self.quantize_out
         if left or not wanted.get(site.role, False):
             return None
-        fixed = self._option(site, "range", self.act_range)
+        fixed = option_of(self, site.path, "range", self.act_range)
         limits = site.clips if fixed is None else _fixed(fixed, site.path)
-        signed = self._option(site, "signed", False if site.signed is False else None)
+        signed = option_of(self, site.path, "signed", False if site.signed is False else None)
         return ClipQuantizer(site, self._activations(site), limits, signed)
 
     def _weights(self, site: Site) -> WeightFormat:
         return WeightFormat(
-            self._option(site, "weight_bits"), bool(self.power2),
+            option_of(self, site.path, "weight_bits"), bool(self.power2),
             self.per_channel == "all" or (self.per_channel == "depthwise" and site.depthwise),
             self.weight_shrink, self.weight_cap, bool(self.constrain_weights), bool(self.snap_weights_at_start),
             self.dead_channels == "constant",
@@ -218,15 +224,9 @@ class Jacinto(Scheme):
 
     def _activations(self, site: Site) -> ClipFormat:
         return ClipFormat(
-            self._option(site, "act_bits"), bool(self.power2), bool(self.symmetric), Rounding(self.act_round),
+            option_at(self, site, "act_bits"), bool(self.power2), bool(self.symmetric), Rounding(self.act_round),
             float(self.range_shrink or 0.0), self.range_floor, self.range_subsample, self.range_sync, self.batch_ranges,
         )  # fmt: skip
-
-    def _option(self, site: Site, option: str, otherwise: Any = None) -> Any:
-        for pattern, options in self.overrides.items():
-            if option in options and fnmatch.fnmatchcase(site.path, pattern):
-                return options[option]
-        return getattr(self, option, otherwise)
 
     def batch_norm(self, site: Site, norm: nn.Module) -> str:
         return "fold"
@@ -237,6 +237,12 @@ class Jacinto(Scheme):
 
     def connect(self, root: nn.Module, flow: Flow, plan: Plan) -> list[str]:
         require_matches(type(self), self.overrides, plan)
+        sites = [quantizer.site for _, quantizer in quantizers(root)]
+        weights = [site for site in sites if site.role == "weight"]
+        clipped = [site for site in sites if site.role not in ("weight", "bias")]
+        own = [replace(site, readers=()) for site in clipped]
+        require_effects(self, plan, {"weight_bits": weights, "act_bits": clipped, "range": own, "signed": own})
+        require_joined(self, plan, lambda site: option_at(self, site, "act_bits"))
         return group_layers(root, flow, plan)
 
     def merge(self, layer: Any, weight: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:

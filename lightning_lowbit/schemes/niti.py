@@ -99,7 +99,9 @@ class Niti(Scheme):
             come from elsewhere (init_from=, or batch norms that have seen data), else scratch.
         norms: batch norms "fold" into the layer before them, or are an "island" (integers in and out, statistics
             exact); "auto" folds them where they have seen data.
-        act_rounding, err_rounding, grad_rounding: half_away, pseudo_stochastic or stochastic.
+        act_rounding: of activations: half_away, pseudo_stochastic or stochastic.
+        err_rounding: the same for errors.
+        grad_rounding: the same for the update of weights.
         frozen_shifts: take shifts from ranges that are renewed every so many steps, with one exchange over processes;
             None takes them from each batch.
         momentum: sixteenths of the last update that the next one keeps, 0 to 15.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import fnmatch
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.modules.base import Milestone, Moment, Scheme, Site, UpdateRule
 from lightning_lowbit.modules.elementwise import LowBitAvgPool
 from lightning_lowbit.modules.exact import exact_mean, exact_product, narrow_for_others
@@ -21,7 +21,16 @@ from lightning_lowbit.modules.thresholds import (
     ThresholdQuantizer,
 )
 from lightning_lowbit.numerics.rounding import Rounding
-from lightning_lowbit.schemes.options import check_bits, check_choice, each_override, require_matches
+from lightning_lowbit.schemes.options import (
+    check_bits,
+    check_choice,
+    each_override,
+    option_of,
+    pattern_of,
+    require_effects,
+    require_joined,
+    require_matches,
+)
 
 if TYPE_CHECKING:
     from lightning_lowbit.graph.network import Flow
@@ -43,7 +52,7 @@ class Tqt(Scheme):
         act_bits: bits of what layers read (unsigned behind a rectifier).
         input_bits: bits of the network's input, signed.
         operand_bits: bits of tensors that feed an add, a concat or an average pool, and of pooled features.
-        first_last_weight_bits: least bits of the first and the last layer's weights.
+        first_last_weight_bits: least bits of the first and the last layer's weights, where overrides name none.
         bias: "int32" on the grid of the products, "own" with a threshold of its own at bias_bits, or "float".
         bias_bits: bits of a bias with its own threshold.
         acc_bits: bits of a quantizer on the sum of products (16 in the paper); None leaves the full sum.
@@ -65,7 +74,9 @@ class Tqt(Scheme):
         warmup: when quantizers start in training from scratch.
         reconstruct_steps: Adam steps per block in mode "label_free".
         reconstruct_lr: learning rate of the weights there; thresholds take threshold_lr.
-        overrides: options per module-path pattern, e.g. {"layer3.*": {"weight_bits": 8}}.
+        overrides: options per module-path pattern, e.g. {"layer3.*": {"weight_bits": 8}}: weight_bits, act_bits,
+            input_bits, operand_bits, acc_bits. act_bits of a layer are those of what it reads; the path of an
+            activation, a norm or a pool names what that gives.
 
     Fractions in ``freeze_*`` count from the start of quantization to the end of the run.
     """
@@ -149,8 +160,8 @@ class Tqt(Scheme):
     def quantizer(self, site: Site) -> Quantizer | None:
         rounding, train = Rounding(self.act_round), self.mode in ("retrain_wt_th", "retrain_th", "label_free")
         if site.role == "weight":
-            bits = self._bits(site, "weight_bits")
-            if site.first or site.last:
+            bits = option_of(self, site.path, "weight_bits")
+            if (site.first or site.last) and pattern_of(self, site.path, "weight_bits") is None:
                 bits = max(bits, self.first_last_weight_bits)
             return ThresholdQuantizer(
                 site, bits, self.weight_init, self.percentile, Rounding.HALF_EVEN, train, self.narrow
@@ -159,9 +170,10 @@ class Tqt(Scheme):
             if self.bias == "float":
                 return None
             own = self.bias == "own"
-            return BiasQuantizer(site, self.bias_bits if own else (self.acc_bits or 32), own, train)
+            acc_bits = option_of(self, site.path, "acc_bits")
+            return BiasQuantizer(site, self.bias_bits if own else (acc_bits or 32), own, train)
         if site.role == "accumulator":
-            acc_bits = self.acc_bits if self.acc_bits is None else self._bits(site, "acc_bits")
+            acc_bits = option_of(self, site.path, "acc_bits")
             return (
                 None
                 if acc_bits is None
@@ -169,13 +181,14 @@ class Tqt(Scheme):
             )
         if site.role in ("input", "output", "operand"):
             bits = self._activation_bits(site)
-            if site.role == "input" and site.source is not None and bits >= self._source_bits(site):
+            if site.arrives is not None and self._passes(site, bits):
                 return None  # it arrives on a grid that is coarse enough
             return ThresholdQuantizer(site, bits, self.act_init, self.percentile, rounding, train)
         return None  # errors and weight gradients are float, straight through the rounding
 
     def connect(self, root: nn.Module, flow: Flow, plan: Plan) -> list[str]:
         require_matches(type(self), self.overrides, plan)
+        self._require_effects(plan)
         narrow_for_others(root, flow, plan)
         return []
 
@@ -212,21 +225,57 @@ class Tqt(Scheme):
 
     def activation_bits(self) -> int:
         options = ("act_bits", "input_bits", "operand_bits", "weight_bits", "first_last_weight_bits", "acc_bits")
-        return max(getattr(self, option) or 0 for option in options)
+        given = [bits for options in self.overrides.values() for bits in options.values()]
+        return max([getattr(self, option) or 0 for option in options] + given)
 
     # -- bits --------------------------------------------------------------------------------------------------
-    def _bits(self, site: Site, option: str) -> int:
-        for pattern, options in self.overrides.items():
-            if option in options and fnmatch.fnmatchcase(site.path, pattern):
-                return options[option]
-        return int(getattr(self, option))
-
     def _activation_bits(self, site: Site) -> int:
-        if site.role == "operand" or site.op == "avg_pool":
-            return self._bits(site, "operand_bits")
-        if site.role == "input" and site.first:
-            return self._bits(site, "input_bits")
-        return self._bits(site, "act_bits")
+        """Bits of a tensor. ``act_bits`` of its own path counts wherever its own option is not named."""
+        option = self._option(site)
+        if pattern_of(self, site.path, option) is None and pattern_of(self, site.path, "act_bits") is not None:
+            option = "act_bits"
+        bits = int(option_of(self, site.path, option))
+        if site.role != "output" or pattern_of(self, site.path, option) is not None:
+            return bits
+        # Readers may widen or narrow what only they read; pooled features if each of them is named.
+        if option == "act_bits" or all(pattern_of(self, path, "act_bits") is not None for path in site.readers):
+            return max((int(option_of(self, path, "act_bits")) for path in site.readers), default=bits)
+        return bits
 
-    def _source_bits(self, site: Site) -> int:
-        return int(getattr(self, "operand_bits" if site.source == "operand" else "act_bits"))
+    def _option(self, site: Site) -> str:
+        """The option that a tensor's bits come from."""
+        if site.role == "operand" or site.op == "avg_pool":
+            return "operand_bits"
+        return "input_bits" if site.role == "input" and site.first else "act_bits"
+
+    def _named(self, site: Site) -> str | None:
+        """The pattern that gives a tensor its bits."""
+        own = pattern_of(self, site.path, self._option(site))
+        return pattern_of(self, site.path, "act_bits") if own is None else own
+
+    def _passes(self, site: Site, bits: int) -> bool:
+        """Whether a layer reads a tensor on the grid that it arrives on."""
+        arrives = site.arrives
+        assert arrives is not None
+        pooled = arrives.role == "output" and arrives.op == "avg_pool"
+        follows = pooled or pattern_of(self, arrives.path, "act_bits") is not None
+        return (follows and self._named(site) is None) or bits >= self._activation_bits(arrives)
+
+    def _require_effects(self, plan: Plan) -> None:
+        sites = [replace(site, readers=()) for site in plan.sites]  # who reads has an input of that path
+        layers = [Site(layer.path, "weight", layer.op) for layer in plan.layers]
+        own = {option: [site for site in sites if self._option(site) == option] for option in _OVERRIDABLE}
+        own["act_bits"] += [site for site in sites if pattern_of(self, site.path, self._option(site)) is None]
+        require_effects(self, plan, own | {"weight_bits": layers, "acc_bits": layers})
+        require_joined(self, plan, self._activation_bits)
+        results = {site.path for site in sites if site.slot == "lowbit_output"}
+        for site in sites:
+            if site.arrives is None or self._named(site) is None or site.path in results:
+                continue
+            bits, most = self._activation_bits(site), self._activation_bits(site.arrives)
+            if bits > most:
+                raise ConfigError(
+                    f"Tqt(overrides=...): got {bits} bits for what {site.path} reads, which is {site.arrives.path} on "
+                    f"{most} bits, expected no more. Widen that, {{{site.arrives.path!r}: {{'act_bits': {bits}}}}}, or "
+                    f"leave {site.path} to it."
+                )

@@ -6,7 +6,6 @@ two. Layers multiply 8-bit integers forward and backward; the update closes in i
 
 from __future__ import annotations
 
-import fnmatch
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_lowbit.graph.ops import Kind
 from lightning_lowbit.modules.base import Milestone, Moment, Scheme, Site, UpdateRule
+from lightning_lowbit.modules.convert import quantizers
 from lightning_lowbit.modules.elementwise import LowBitAdd, LowBitAvgPool
 from lightning_lowbit.modules.error_gate import ErrorForm, ErrorQuantizer
 from lightning_lowbit.modules.fixed_norm import NormGrids, fixed_norm
@@ -29,7 +29,7 @@ from lightning_lowbit.numerics.momentum import UpdateFormat
 from lightning_lowbit.numerics.normalize import NormFormat
 from lightning_lowbit.numerics.normalize_format import OFF
 from lightning_lowbit.numerics.widths import Criterion, Policy
-from lightning_lowbit.schemes.options import require_matches
+from lightning_lowbit.schemes.options import option_at, option_of, require_effects, require_joined, require_matches
 from lightning_lowbit.schemes.values import value_milestones
 from lightning_lowbit.schemes.wageubn_options import DEFAULTS, check_options, settings_of
 
@@ -72,11 +72,19 @@ class Wageubn(Scheme):
         clip_to_one: e1 keeps the published code's largest code, one more than its bits hold.
         sync_range: all processes take the unit of errors from the largest value of all.
         norms: whether batch norms are quantized.
-        mean_bits, deviation_bits, xhat_bits, gamma_bits, beta_bits: of batch norm.
+        mean_bits: bits of a batch norm's mean (2 to 24, or 32 for no grid; so are the four below).
+        deviation_bits: bits of its standard deviation.
+        xhat_bits: bits of its normalized value.
+        gamma_bits: bits of its factor, in what it computes.
+        beta_bits: bits of its offset.
         running_bits: of running statistics; 32 leaves them.
         norm_momentum: share of a batch in them; None takes each norm's own.
         bias_bits: of the biases of layers, which enter sums that are wider.
-        gradient_bits, momentum_bits, accumulator_bits, lr_bits, stored_bits: of the update.
+        gradient_bits: bits of the gradients that enter the update.
+        momentum_bits: bits of its momentum factor.
+        accumulator_bits: bits of what it keeps of earlier gradients.
+        lr_bits: bits of its learning rate.
+        stored_bits: bits of the weights that it adds to, of which layers see the leading weight_bits.
         exact: refuse widths with which the update would round.
         gradients: whether gradients of weights are quantized.
         update: "integer" momentum, "fake" (the user's optimizer, then the stored grid) or "float".
@@ -88,11 +96,14 @@ class Wageubn(Scheme):
         rounding: of gradients: "stochastic" or "nearest".
         seed: of its random numbers.
         first_last: first and last layers stay "float", or are "int8".
-        quantize_norms, quantize_errors, quantize_gradients: when those begin; 0 with everything else.
+        quantize_norms: when batch norms are quantized from; 0 with everything else.
+        quantize_errors: the same for errors.
+        quantize_gradients: the same for gradients of weights.
         freeze_widths: from when on integer bits stand still; None never.
         backend: of the integer products; "auto" is the fastest exact one.
         check: look at every tensor, and raise where one is off its grid: slow.
-        overrides: options per module-path pattern: weight_bits, act_bits, act_format (also (total, integer) bits).
+        overrides: options per module-path pattern: weight_bits, act_bits, act_format (also (total, integer) bits). The
+            last two of a layer are those of what it reads; the path of an activation or a pool names what that gives.
     """
 
     name: ClassVar[str] = "wageubn"
@@ -188,19 +199,13 @@ class Wageubn(Scheme):
             clip_to_one=option == "e1" and bool(self.clip_to_one),
         )  # fmt: skip
 
-    def _width(self, path: str, bits: str, policy: str) -> WidthForm:
-        given = self._option(path, policy)
-        total, integer = given if not isinstance(given, str) else (self._option(path, bits), None)
+    def _width(self, site: Site) -> WidthForm:
+        given = option_at(self, site, "act_format")
+        total, integer = given if not isinstance(given, str) else (option_at(self, site, "act_bits"), None)
         kept: Policy = given if isinstance(given, str) else "fixed_width"  # type: ignore[assignment]  # checked
         return WidthForm(
             total, kept, self.act_init, self.percentile, self.width_share, self.width_patience, integer, self.check
         )
-
-    def _option(self, path: str, option: str) -> Any:
-        for pattern, options in self.overrides.items():
-            if option in options and fnmatch.fnmatchcase(path, pattern):
-                return options[option]
-        return getattr(self, option)
 
     # -- the seam ----------------------------------------------------------------------------------------------
     def adapted_to(self, root: nn.Module, pretrained: bool) -> Wageubn:
@@ -219,7 +224,7 @@ class Wageubn(Scheme):
     def quantizer(self, site: Site) -> Quantizer | None:
         if site.role == "weight":
             chosen = "room" if self.weight_range == "auto" else self.weight_range
-            return StoredWeight(site, self._option(site.path, "weight_bits"), chosen)  # type: ignore[arg-type]
+            return StoredWeight(site, option_of(self, site.path, "weight_bits"), chosen)  # type: ignore[arg-type]
         if site.role == "bias":
             return StoredBias(site, self.bias_bits or 16)
         if site.role == "error":
@@ -241,8 +246,7 @@ class Wageubn(Scheme):
         wanted = {"input": site.source is None or site.dropped, "output": read, "operand": read, "result": leaves}
         if not wanted.get(site.role, False):
             return None
-        form = self._width(site.path, "act_bits", "act_format")
-        return WidthQuantizer(site, form, self.error_form("e1") if rectifies else None)
+        return WidthQuantizer(site, self._width(site), self.error_form("e1") if rectifies else None)
 
     def batch_norm(self, site: Site, norm: nn.Module) -> str:
         return "island" if self.norms else "keep"
@@ -253,6 +257,7 @@ class Wageubn(Scheme):
 
     def connect(self, root: nn.Module, flow: Flow, plan: Plan) -> list[str]:
         require_matches(type(self), self.overrides, plan)
+        self._require_effects(root, plan)
         layers = {layer.path for layer in plan.layers}
         for call in flow.calls:
             if call.kind is not Kind.BATCH_NORM or call.path not in plan.islands:
@@ -265,6 +270,15 @@ class Wageubn(Scheme):
                 grids.__dict__["behind"] = root.get_submodule(source) if source in layers else None
         connect_sums(root, flow, plan)
         return []
+
+    def _require_effects(self, root: nn.Module, plan: Plan) -> None:
+        sites = [quantizer.site for _, quantizer in quantizers(root)]
+        weights = [site for site in sites if site.role == "weight"]
+        widths = [site for site in sites if site.role in ("input", "output", "operand", "result")]
+        open_ = [site for site in widths if isinstance(option_at(self, site, "act_format"), str)]
+        require_effects(self, plan, {"weight_bits": weights, "act_format": widths, "act_bits": open_})
+        made = {site.key for site in open_}
+        require_joined(self, plan, lambda s: option_at(self, s, "act_bits") if s.key in made else None)
 
     def forward(self, layer: Any, x: Tensor) -> Tensor:
         if not layer.switch.quantizing or not layer.lowbit_weight.ready:

@@ -36,6 +36,29 @@ def test_resnet20() -> None:
     assert {site.pattern for site in found.sites if site.op == "relu"} >= {"conv2d+bn+relu", "add+relu"}
 
 
+class Readers(nn.Module):
+    """A tensor that a layer, a sum and, through a pool and a concat, another layer read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(8, 4, 1)
+        self.act, self.pool = nn.ReLU(), nn.MaxPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.a(x))
+        y: Tensor = self.c(self.pool(torch.cat([x, self.b(x) + x], 1)))
+        return y
+
+
+def test_who_reads_a_tensor() -> None:
+    found = {site.key: site for site in plan(Readers()).sites}
+    assert found["act.lowbit_output"].readers == ("b", "c")
+    assert found["act.lowbit_output"].operations == ("lowbit_add",)
+    assert found["lowbit_add.lowbit_output"].readers == ("c",)
+    assert found["b.lowbit_input"].arrives == found["act.lowbit_output"]
+    assert found["a.lowbit_input"].arrives is None
+
+
 def test_depthwise_and_ends() -> None:
     net, _ = build("mobilenet_v2")
     found = plan(net)

@@ -236,7 +236,7 @@ def test_nothing_is_known_behind_code_that_was_not_followed() -> None:
     assert [row[:2] for row in found] == [("", "a"), ("a", "b"), ("b", ""), ("", "c"), ("c", "")]
     (reason,) = {row[2] for row in found}
     assert reason is not None
-    assert reason.startswith("between (unit_nets.py in forward) cannot be followed: symbolically traced")
+    assert reason.startswith("between (unit_nets.py in forward) cannot be followed: control flow")
 
 
 def test_a_layer_that_the_forward_does_not_reach_is_apart() -> None:

@@ -444,8 +444,8 @@ def test_functional_norms() -> None:
             return F.batch_norm(self.c(x), self.mean, self.var)
 
     assert lint(Net(), "b", "c") == [
-        "c: batch_norm takes its bias away again, whose gradient is rounding noise that Adam turns into steps; "
-        "write bias=False"
+        "c: batch_norm takes its bias away again, whose gradient is rounding noise that an adaptive optimizer turns "
+        "into steps; write bias=False"
     ]
 
 
@@ -506,8 +506,8 @@ def test_code_that_is_not_known_gives_nothing() -> None:
 # -- the other rules ---------------------------------------------------------------------------------------------
 def bias_noise(path: str, norm: str) -> str:
     return (
-        f"{path}: {norm} takes its bias away again, whose gradient is rounding noise that Adam turns into steps; "
-        "write bias=False"
+        f"{path}: {norm} takes its bias away again, whose gradient is rounding noise that an adaptive optimizer turns "
+        "into steps; write bias=False"
     )
 
 

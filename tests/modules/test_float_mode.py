@@ -74,11 +74,12 @@ def test_names_objects_and_the_way_back(name: str) -> None:
     assert len(convert(net, "tqt", x).layers) > 0  # and once more
 
 
-@pytest.mark.parametrize("before_first_call", [True, False], ids=["fresh", "used"])
-@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
-@pytest.mark.parametrize("name", NETS)
-def test_copies(name: str, way: str, before_first_call: bool) -> None:
-    net, x = build(name)
+@pytest.mark.parametrize("state", ["fresh", "used"])
+@pytest.mark.parametrize("place", range(len(NETS)), ids=NETS)
+def test_copies(place: int, state: str) -> None:
+    """Copied and pickled, before and after the first call: every pair occurs, half of them on every other network."""
+    (net, x), before_first_call = build(NETS[place]), state == "fresh"
+    way = "deepcopy" if before_first_call == bool(place % 2) else "pickle"
     convert(net, "tqt", None if before_first_call else x)
     twin = copy.deepcopy(net) if way == "deepcopy" else pickle.loads(pickle.dumps(net))
     if before_first_call:

@@ -13,9 +13,11 @@ from modules.zoo import Flags, images
 from torch import Tensor, nn
 
 from lightning_lowbit import Tqt, convert, float_mode, summarize
-from lightning_lowbit.errors import UnsupportedModelError
+from lightning_lowbit.errors import ConfigError, UnsupportedModelError
 from lightning_lowbit.modules.base import low_bit_modules, switch_of
 from lightning_lowbit.modules.layers import LowBitLayer
+from lightning_lowbit.modules.selection import Selection
+from lightning_lowbit.plugins.swap import swap
 
 
 def ran(net: nn.Module, *args: Any, **kwargs: Any) -> set[str]:
@@ -60,6 +62,36 @@ def test_control_flow() -> None:
     net.eval()
     assert watch(net, rows, x).off == []
     assert type(net.pool) is nn.AvgPool2d
+
+
+class Deciding(nn.Module):
+    """A batch norm in each of two parts, of which one cannot be followed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+        self.stem, self.norm, self.other = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(self.body(x)))
+        return x if x.mean() < 100 else self.other(x)
+
+
+def test_what_is_not_followed_is_said_at_once_with_what_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("lightning_lowbit.plugins.swap.rank_zero_info", said.append)
+    swap(Deciding(), Tqt(), False, Selection())
+    line = Deciding.forward.__code__.co_firstlineno + 2
+    where = f"Deciding (test_flow.py:{line} in forward): control flow (if, while, a loop) on a tensor or its shape"
+    assert len(said) == 1
+    assert said[0].startswith(f"lightning_lowbit: not followed: {where}; torch.fx: ")
+    assert "its batch norms stay float (norm), and there is no export to C. Move that out of forward" in said[0]
+    swap(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), Tqt(), False, Selection())
+    assert len(said) == 1
+    net = nn.Sequential(Deciding()).eval()
+    with pytest.raises(ConfigError, match=r"^0.other: converted, but it did not run in calibration") as caught:
+        convert(net, "tqt", images())
+    assert f"0 ({where.partition('(')[2]}" in str(caught.value)
 
 
 class Auxiliary(nn.Module):

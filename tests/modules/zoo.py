@@ -325,7 +325,7 @@ def shared_rectifier() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 5), relu, nn.Linear(5, 5), relu, nn.Linear(5, 3))
 
 
-ZOO: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+ZOO: dict[str, tuple[Callable[..., nn.Module], Callable[[], Tensor]]] = {
     "resnet20": (ResNet20, images),
     "basic_blocks": (basic_blocks, lambda: images(16)),
     "mobilenet_v2": (MobileNetV2, lambda: images(16)),
@@ -343,11 +343,15 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
 }
 
 
-def build(name: str, seed: int = 0) -> tuple[nn.Module, Tensor]:
-    """A network whose norms have moved from their initial state, and a batch."""
+def build(name: str, seed: int = 0, **options: int) -> tuple[nn.Module, Tensor]:
+    """A network whose norms have moved from their initial state, and a batch.
+
+    Args:
+        options: of the network's class.
+    """
     torch.manual_seed(seed)
     make, batch = ZOO[name]
-    net = make()
+    net = make(**options)
     for module in net.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             nn.init.normal_(module.running_mean, 0, 0.3)
