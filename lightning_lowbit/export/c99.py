@@ -1,4 +1,4 @@
-"""A network as one self-contained C99 file: integers between its inputs and outputs, no libraries, no heap."""
+"""A network as one C99 file, and its header: integers between its inputs and outputs, no libraries, no heap."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 from lightning_lowbit.errors import ConfigError, UnsupportedModelError
 from lightning_lowbit.export.c99_ends import dequantize_function, pixel_loop, quantize_function
 from lightning_lowbit.export.c99_graph import Step, elements, integers_inside, one_sample, steps_of
+from lightning_lowbit.export.c99_header import FIRST, exponent_of, header
 from lightning_lowbit.export.c99_kernels import Source, ctype, indented, literal, tag
 from lightning_lowbit.export.c99_moves import MOVES
 from lightning_lowbit.export.c99_plan import Plan, arena, planned, storage_of
 from lightning_lowbit.export.c99_products import PRODUCTS, scratch
 from lightning_lowbit.export.c99_stages import stage_of
-from lightning_lowbit.export.program import write_atomically
-from lightning_lowbit.export.runtime import Program, trace
+from lightning_lowbit.export.program import require_ours, write_atomically
+from lightning_lowbit.export.runtime import Op, Program, trace
 
 __all__ = ["CReport", "export_c"]
 
@@ -32,6 +33,7 @@ class CReport:
 
     Args:
         path: the file.
+        header: its declarations, beside it.
         flash: bytes of its constants; the test vector is not counted.
         ram: bytes of its static buffers.
         buffers: name and bytes of each of them.
@@ -40,6 +42,7 @@ class CReport:
     """
 
     path: Path
+    header: Path
     flash: int
     ram: int
     buffers: Mapping[str, int]
@@ -49,7 +52,7 @@ class CReport:
     def __str__(self) -> str:
         buffers = ", ".join(f"{name} {size:,}" for name, size in self.buffers.items()) or "none"
         return (
-            f"{self.path.name}: {self.ops} integer ops in {self.calls} calls\n"
+            f"{self.path.name}, {self.header.name}: {self.ops} integer ops in {self.calls} calls\n"
             f"  flash (constants)       {self.flash:>12,} bytes\n"
             f"  RAM (static buffers)    {self.ram:>12,} bytes ({buffers})"
         )
@@ -64,11 +67,12 @@ def export_c(
     main: bool = True,
     pixels: Any = None,
 ) -> CReport:
-    """Write ``program`` as C99 that computes its integers for one sample, bit for bit; prints and returns its sizes.
+    """Write ``program`` as C99 that computes its integers for one sample, bit for bit, and a header beside it.
 
     The file has ``<name>_quantize_input`` (float32 to codes), ``<name>_run_codes`` (integers only),
     ``<name>_dequantize_output`` (codes to float32) and, with ``pixels``, ``<name>_run_pixels``. Where there are several
-    inputs or outputs, a number follows. The buffers are static: one run at a time.
+    inputs or outputs, a number follows. The buffers are static: one run at a time. The header, ``path`` with the suffix
+    ``.h``, declares them, with sizes and exponents of the codes; the file itself needs no header.
 
     Args:
         path: written as a whole or not at all.
@@ -80,21 +84,24 @@ def export_c(
 
     Raises:
         UnsupportedModelError: a float island or another op without integer form, by its path.
-        ConfigError: no program, a name that C does not take, ``pixels`` that do not fit.
+        ConfigError: no program, a name that C does not take, a path that is the header's, ``pixels`` that do not fit.
+        ProgramError: another header of that name is there.
     """
     if not isinstance(program, Program):
         raise ConfigError(f"export_c: got {type(program).__name__}, expected a program: lower(module, example_input).")
     if not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII):
         raise ConfigError(f"export_c: name={name!r} cannot begin the name of a C function; use letters, digits and _.")
     path = Path(path)
+    beside = path.with_suffix(".h")
+    if path == beside:
+        raise ConfigError(f"export_c: {path} is the place of the header. Give {path.with_suffix('.c')}.")
+    require_ours(beside, FIRST.encode())
     writer = _Writer(program, name, program.note.get("pixels") if pixels is None else pixels)
     vector = writer.check(test_input) if main else ""
     write_atomically(path, writer.text(path.name, vector).encode())
-    report = CReport(
-        path, writer.source.flash, sum(writer.buffers.values()), writer.buffers, len(writer.inner), len(writer.calls)
-    )
-    print(report)
-    return report
+    write_atomically(beside, f"{FIRST}: declarations of {path.name}. */\n{writer.header}\n".encode())
+    sizes = (writer.source.flash, sum(writer.buffers.values()), writer.buffers)
+    return CReport(path, beside, *sizes, len(writer.inner), len(writer.calls))
 
 
 class _Writer:
@@ -126,6 +133,7 @@ class _Writer:
         self.arrays += [(ctype(dtype), f"row_{tag(dtype)}", size) for dtype, size in sorted(rows.items())]
         self.buffers = {label: size * int(re.sub(r"\D", "", kind)) // 8 for kind, label, size in self.arrays}
         self.functions = self._functions(pixels)
+        self.header = self._header()
 
     def _refuse_floats(self) -> None:
         for op in self.inner:
@@ -190,6 +198,19 @@ class _Writer:
         body = indented("\n".join([*loops, f"{self.name}_run_codes({', '.join([*places, *outputs])});"]), 1)
         return f"void {self.name}_run_pixels(const uint8_t *nhwc, {', '.join(taken)})\n{{\n{body}\n}}"
 
+    def _header(self) -> str:
+        ends: list[tuple[str, str, Op | None]] = []
+        ends += [
+            (label, op.output, None) for label, op in zip(self._names("input", self.entries), self.entries, strict=True)
+        ]
+        ends += [(label, *end) for label, end in zip(self._names("output", self.ends), self.ends, strict=True)]
+        numbers = {f"{label}_size": self._size(codes) for label, codes, _ in ends}
+        for label, codes, op in ends:
+            exponent = exponent_of(self.values[codes], op)
+            if exponent is not None:
+                numbers[f"{label}_exponent"] = exponent
+        return header(self.name, numbers, [function.partition("\n")[0] for function in self.functions])
+
     def _size(self, value: str) -> int:
         return elements(self.values[value].shape)
 
@@ -207,7 +228,8 @@ class _Writer:
             tables.append(f"static {ctype(dtype)} {out}[{self._size(codes)}];")
             compared.append(_COMPARED.format(size=self._size(codes), got=out, expected=want))
         call = f"{self.name}_run_codes({', '.join([*inputs, *outputs])});"
-        return _MAIN.format(tables="\n".join(tables), call=call, compared="".join(compared))
+        origin = "drawn at random, since no test_input was given" if test_input is None else "test_input's first sample"
+        return _MAIN.format(origin=origin, tables="\n".join(tables), call=call, compared="".join(compared))
 
     def _sample(self, test_input: Any) -> list[NDArray[Any]]:
         """One sample of every input, float32; codes drawn between the bounds of the quantize where none is given."""
@@ -227,22 +249,19 @@ class _Writer:
     def text(self, file: str, check: str) -> str:
         """The whole file."""
         source = self.source
-        labels = [*self._names("input", self.entries), *self._names("output", self.ends)]
-        ends = [*(op.output for op in self.entries), *(codes for codes, _ in self.ends)]
-        sizes = [f"    {self.name}_{label}_size = {self._size(end)}" for label, end in zip(labels, ends, strict=True)]
         notes = [f"{key}: {value}" for key, value in self.program.note.items() if isinstance(value, (str, int, float))]
         head = _HEAD.format(
             name=self.name,
             file=_comment(file),
+            header=_comment(Path(file).with_suffix(".h").name),
             notes="".join(f"\n * {_comment(note)}" for note in notes),
             flash=f"{source.flash:,}",
             ram=f"{sum(self.buffers.values()):,}",
         )
         parts = [
             head,
-            "#include <stdint.h>\n#include <string.h>",
-            "enum {\n" + ",\n".join(sizes) + "\n};",
-            "\n".join(f"{function.split(chr(10), 1)[0]};" for function in self.functions),
+            self.header,
+            "#include <string.h>",
             *source.helpers.values(),
             *source.functions.values(),
             *(table for _, table in source.tables.values()),
@@ -268,7 +287,7 @@ _HEAD = """/* {file}: {name}, a network in integers, one sample at a time; writt
  *
  * flash: {flash} bytes of constants; RAM: {ram} bytes of static buffers (one run at a time).
  * A test that prints "ok":   cc -std=c99 -O2 {file} -o {name} && ./{name}
- * Inside another program:    cc -std=c99 -O2 -DLOWBIT_NO_MAIN -c {file}, with the declarations below.
+ * Inside another program:    cc -std=c99 -O2 -DLOWBIT_NO_MAIN -c {file}, and #include "{header}".
  */"""
 
 _COMPARED = """
@@ -282,6 +301,7 @@ _COMPARED = """
 _MAIN = """#ifndef LOWBIT_NO_MAIN
 #include <stdio.h>
 
+/* The test vector: codes of the input ({origin}), and what they give. */
 {tables}
 
 int main(void)

@@ -54,9 +54,18 @@ def integers_inside(program: Program) -> Program:
     if islands:
         raise UnsupportedModelError(
             f"{islands[0]}: a float island has no integer form in C; got {len(islands)} ({listed(islands)}), expected "
-            "none. Replace these layers by ones that the scheme quantizes, or run the program with run() or ONNX."
+            f"none.{_reason(program)} Choose layers and options without islands, or run the program with numpy "
+            "(program.run, runtime.py): ONNX refuses islands too."
         )
     return _pruned(_dequantize_last(_quantize_first(program)))
+
+
+def _reason(program: Program) -> str:
+    """Why layers that a scheme quantizes may be islands."""
+    parts = program.note.get("not_followed", [])
+    if not parts:
+        return ""
+    return f" Not followed: {listed(parts, 2)}. Layers called there stay float."
 
 
 def _quantize_first(program: Program) -> Program:
@@ -79,7 +88,7 @@ def _quantize_first(program: Program) -> Program:
         if maker.kind not in _MOVES:
             raise UnsupportedModelError(
                 f"{op.path}: it quantizes what {maker.kind} of {maker.path} gives as floats; C takes floats at the "
-                "network's inputs only. Run the program with run() or ONNX."
+                "network's inputs only. Run the program with numpy (program.run, runtime.py)."
             )
         inputs = tuple(codes_of(i, op, f"{output}_{k}") for k, i in enumerate(maker.inputs))
         attributes: Mapping[str, Any] = maker.attributes

@@ -72,7 +72,8 @@ def lower_call(
             return found
     raise UnsupportedModelError(
         f"{node.path}: {name} has no integer form, and is none of the float functions that a program knows. Make it a "
-        "module that stays outside, lower the parts before and behind it, or write it with other functions."
+        "module that stays outside, lower the parts before and behind it (lower(model.part, x)), or write it with "
+        "other functions."
     )
 
 

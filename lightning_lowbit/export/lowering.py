@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from lightning_lowbit.errors import ConfigError, InvariantError, UnsupportedModelError
+from lightning_lowbit.errors import ConfigError, InvariantError, UnsupportedModelError, listed
 from lightning_lowbit.export.builder import Held, ProgramBuilder
 from lightning_lowbit.export.calls import joins, lower_call, name_of, takes_sizes
 from lightning_lowbit.export.moves import BATCHES, symbolic
@@ -36,11 +37,16 @@ def lower(module: nn.Module, example_input: Any = None) -> IntegerProgram:
     Returns:
         a program whose ``run`` gives what ``module`` gives, bit for bit where no float island stands in between
         (``summary`` names them, ``verify`` proves the rest).
+    Warns:
+        code that takes numbers out of tensors, as an ``if`` does: the example alone says which way it goes.
     Raises:
         ConfigError: nothing is low-bit, nothing was trained or calibrated, or there is no example.
         UnsupportedModelError: a part has no integer form; the message names it and a way around.
     """
-    return lowering_of(module, example_input).program
+    lowering = lowering_of(module, example_input)
+    if lowering.doubt:
+        warnings.warn(lowering.doubt, stacklevel=2)
+    return lowering.program
 
 
 @torch.no_grad()
@@ -120,6 +126,7 @@ class Lowering:
     Attributes:
         program: what was written.
         sources: tensors of the recording (`Ref`) by the name of the value that holds them.
+        doubt: what is to be said where the forward may take another way for other samples; else empty.
     """
 
     def __init__(self, module: nn.Module, recordings: Sequence[Recording]) -> None:
@@ -135,6 +142,7 @@ class Lowering:
             if node.index in needed:
                 self._call(node, twin)
         self.program = self._leave()
+        self.doubt = _doubt(list(dict.fromkeys(self.small.reads)))
 
     def shape(self, ref: Ref) -> tuple[int, ...]:
         return symbolic([self.small.shapes[ref], self.large.shapes[ref]], self.build.path)
@@ -228,7 +236,10 @@ class Lowering:
             )
         ops = _needed(self.build.ops, outputs)
         used = {*self.inputs, *(op.output for op in ops)}
-        note = {"scheme": self.scheme.name or type(self.scheme).__name__, "model": type(self.module).__name__}
+        note: dict[str, Any] = {"scheme": self.scheme.name or type(self.scheme).__name__}
+        note["model"] = type(self.module).__name__
+        if parts := _not_followed(self.module):
+            note["not_followed"] = parts
         values = {name: value for name, value in self.build.values.items() if name in used}
         return IntegerProgram(tuple(ops), values, tuple(self.inputs), tuple(outputs), structure, note)
 
@@ -250,6 +261,25 @@ class Lowering:
             f"{type(self.module).__name__}: its forward returns a {type(output).__name__}, expected tensors that it "
             "computed, in tuples, lists and dicts. Return those, or lower a part of it."
         )
+
+
+def _doubt(reads: list[str]) -> str:
+    if not reads:
+        return ""
+    return (
+        f"the forward takes numbers out of tensors ({listed(reads, 3)}), as an if does: the program has the calls that "
+        "the example made. Other samples may need others: verify it on data that takes every way, or decide outside "
+        "of forward."
+    )
+
+
+def _not_followed(module: nn.Module) -> list[str]:
+    """Code within ``module`` that its conversion did not follow: path or class, place and reason."""
+    conversion = switch_of(module).conversion
+    inside = {type(module).__name__, *dict(module.named_modules())}
+    # The record has float functions as well, which are no ways that a forward may take.
+    parts = [note for note in getattr(conversion, "uncovered", ()) if not note.endswith(" stays float")]
+    return [part for part in parts if part.partition(" ")[0] in inside]
 
 
 def _needed(ops: Sequence[Any], outputs: Sequence[str]) -> list[Any]:

@@ -20,7 +20,17 @@ from lightning_lowbit.export.program_check import check
 from lightning_lowbit.export.program_summary import ProgramSummary, summarized
 from lightning_lowbit.export.runtime import Array, Op, Program, ProgramError, Value
 
-__all__ = ["IntegerProgram", "Op", "Program", "ProgramError", "ProgramSummary", "Value", "digest", "write_atomically"]
+__all__ = [
+    "IntegerProgram",
+    "Op",
+    "Program",
+    "ProgramError",
+    "ProgramSummary",
+    "Value",
+    "digest",
+    "require_ours",
+    "write_atomically",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,9 +77,13 @@ class IntegerProgram(Program):
         path = Path(path)
         write_atomically(path, _packed(self))
         if with_runtime:
-            names = ["runtime.py"] + ["runtime_float.py"] * any(op.kind == "island" for op in self.ops)
-            for name in names:
-                _copy_beside(Path(runtime.__file__).with_name(name), path.parent / name)
+            for source in self.runtime_files():
+                _copy_beside(source, path.parent / source.name)
+
+    def runtime_files(self) -> list[Path]:
+        """What runs it where this package is not."""
+        names = ["runtime.py"] + ["runtime_float.py"] * any(op.kind == "island" for op in self.ops)
+        return [Path(runtime.__file__).with_name(name) for name in names]
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -83,15 +97,17 @@ class IntegerProgram(Program):
 
 def _copy_beside(source: Path, copy: Path) -> None:
     """A runtime's file, over an older copy of it but over nothing else."""
-    ours, first = source.read_bytes(), source.read_bytes().splitlines()[0]
-    if copy.exists():
-        if os.path.samefile(source, copy):
-            return
-        if not copy.read_bytes().startswith(first):
-            raise ProgramError(
-                f"{copy}: there is another file of that name. Save the program into a folder of its own."
-            )
+    ours = source.read_bytes()
+    if copy.exists() and os.path.samefile(source, copy):
+        return
+    require_ours(copy, ours.splitlines()[0])
     write_atomically(copy, ours)
+
+
+def require_ours(path: Path, first: bytes) -> None:
+    """ProgramError where a file that is written beside another would replace one that does not begin like ours."""
+    if path.exists() and not (path.is_file() and path.read_bytes().startswith(first)):
+        raise ProgramError(f"{path}: there is another file of that name. Write into a folder of its own.")
 
 
 def digest(program: Program) -> str:

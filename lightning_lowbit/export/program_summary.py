@@ -42,11 +42,13 @@ class ProgramSummary:
     Attributes:
         islands: "path (function)" of each float operation between quantize and dequantize.
         macs: by kind, for a batch of one; ``island`` holds float products.
+        not_followed: code of the network that conversion could not read, with the reason; layers there stay float.
     """
 
     islands: tuple[str, ...]
     rows: tuple[OpRow, ...]
     macs: dict[str, int]
+    not_followed: tuple[str, ...] = ()
 
     @property
     def ops(self) -> int:
@@ -70,6 +72,7 @@ class ProgramSummary:
     def __str__(self) -> str:
         lines = [f"float island: {island}" for island in self.islands]
         lines = lines or ["no float islands: integers from quantize to dequantize"]
+        lines += [f"not followed: {part}" for part in self.not_followed]
         names = ("path", "kind", "output", "format", "MACs", "bytes", "sum bits")
         table = [names, *(_cells(row) for row in self.rows)]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -90,7 +93,8 @@ def summarized(program: Program) -> ProgramSummary:
     for row in rows:
         macs[row.kind] += row.macs
     islands = tuple(f"{op.path} ({op.attributes['function']})" for op in program.ops if op.kind == "island")
-    return ProgramSummary(islands, rows, {kind: count for kind, count in macs.items() if count})
+    counts = {kind: count for kind, count in macs.items() if count}
+    return ProgramSummary(islands, rows, counts, tuple(program.note.get("not_followed", ())))
 
 
 def _row(op: Op, program: Program) -> OpRow:

@@ -5,10 +5,12 @@ It is the very forward that a validation runs: hooks watch it and change nothing
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,14 +60,20 @@ class Node:
 
 @dataclass
 class Recording:
-    """All calls in their order, the tensors' shapes and dtypes, and what the network returned (tensors as `Ref`)."""
+    """All calls in their order, the tensors' shapes and dtypes, and what the network returned (tensors as `Ref`).
+
+    ``reads``: places where Python took a number from a tensor, as an ``if`` does; such code may take another way.
+    """
 
     nodes: list[Node] = field(default_factory=list)
     shapes: dict[Ref, tuple[int, ...]] = field(default_factory=dict)
     dtypes: dict[Ref, torch.dtype] = field(default_factory=dict)
     output: Any = None
+    reads: list[str] = field(default_factory=list)
 
 
+# What gives Python a number or a truth value.
+_READS = frozenset({"__bool__", "__float__", "__index__", "__int__", "item", "tolist"})
 # What takes a shape from a tensor and nothing else: the result is a constant.
 _ONLY_SHAPES = frozenset({
     "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty",
@@ -184,6 +192,8 @@ class _Recorder(TorchFunctionMode):
         name = str(getattr(func, "__name__", func))
         name = str(func.__self__.__name__) if name == "__get__" and hasattr(func, "__self__") else name
         owner = self.owners[-1] if self.owners else ""
+        if name in _READS and any(isinstance(x, Ref) for x in tree_flatten(before)[0]):
+            self.recording.reads.append(_place(sys._getframe(1)))
         self.call(f"{owner}.{name}".lstrip("."), func, before, result)
         return result
 
@@ -244,6 +254,13 @@ class _Recorder(TorchFunctionMode):
             Carrier.plain = plain  # type: ignore[method-assign]
             for hook in hooks:
                 hook.remove()
+
+
+def _place(frame: Any) -> str:
+    """File, line and function of the innermost code that is not torch's."""
+    while "torch" in Path(frame.f_code.co_filename).parts and frame.f_back is not None:
+        frame = frame.f_back
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"
 
 
 def _is_leaf(module: nn.Module) -> bool:

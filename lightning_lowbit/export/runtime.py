@@ -367,7 +367,7 @@ def _taken(program: Program, inputs: Sequence[Any], pixels: Any) -> tuple[list[A
     for i, (x, name) in enumerate(zip(inputs, program.inputs, strict=True)):
         shape = program.values[name].shape
         sizes = ", ".join("N" if s == -1 else str(s) if s >= 0 else f"{-s} N" for s in shape)
-        wanted = f"float32 [{sizes}]" + ", or uint8 [N, H, W, C] with pixels=(mean, std)" * (len(shape) == 4)
+        wanted = f"float32 [{sizes}]" + ", or uint8 [N, H, W, C] in run(..., pixels=(mean, std))" * (len(shape) == 4)
         try:
             x = np.asarray(x.detach().cpu() if hasattr(x, "detach") else x)
         except (TypeError, ValueError) as error:
@@ -474,7 +474,8 @@ def load(path: Any) -> Program:
         return Program(tuple(ops), values, *ends, document["structure"], document["note"])
     except Exception as error:  # whatever numpy, zipfile and json raise over what a file may hold
         why = getattr(error, "strerror", None) or error
-        raise ProgramError(f"{path}: {why}. Write it anew with IntegerProgram.save(path).") from error
+        why = str(why).rstrip(".")
+        raise ProgramError(f"{path}: {why}. Copy it again, or write it anew: IntegerProgram.save(path).") from error
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -482,6 +483,7 @@ def main(arguments: Sequence[str]) -> int:
     if len(arguments) not in (2, 3):
         print(__doc__, file=sys.stderr)
         return 2
+    file = ""
     try:
         program = load(arguments[0])
         leaves = {"list": [{"leaf": i} for i in range(len(program.outputs))]}
@@ -489,13 +491,18 @@ def main(arguments: Sequence[str]) -> int:
         if len(arguments) == 3:
             saved: Any = np.save if len(outputs) == 1 else np.savez
             saved(arguments[2], *outputs)
+            suffix = ".npy" if len(outputs) == 1 else ".npz"  # numpy adds it to a name without
+            file = f", written to {arguments[2].removesuffix(suffix)}{suffix}"
     except (ValueError, OSError, EOFError) as error:
         print(error, file=sys.stderr)
         return 1
-    for name, y in zip(program.outputs, outputs, strict=True):
-        rows = y.reshape(max(len(y), 1), -1)[:4] if y.size else []
-        first = "; ".join(f"{row[:8].tolist()} argmax {row.argmax()}" for row in rows)
-        print(f"{name}: {y.dtype} {list(y.shape)}: {first}")
+    for i, y in enumerate(outputs):
+        print(f"output {i}: {y.dtype} {list(y.shape)}{file}{f' as arr_{i}' if file and len(outputs) > 1 else ''}")
+        for n, row in enumerate(y.reshape(len(y), -1)[:4] if y.size else []):
+            numbers = " ".join(f"{v:.6g}" for v in row[:5]) + " ..." * (len(row) > 5)
+            print(f"  sample {n}: {numbers}" + f", argmax {row.argmax()}" * (len(row) > 1))
+        if len(y) > 4:
+            print(f"  ... {len(y) - 4} more")
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from lightning_lowbit import convert, lower
 from lightning_lowbit.errors import ConfigError, UnsupportedModelError
 from lightning_lowbit.export import runtime
 from lightning_lowbit.export.c99 import export_c
-from lightning_lowbit.export.runtime import Program
+from lightning_lowbit.export.runtime import Program, ProgramError
 
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler on the PATH")
 
@@ -69,11 +70,56 @@ def small() -> Program:
 
 
 @needs_compiler
+def test_the_header_is_enough_for_another_program(tmp_path: Path) -> None:
+    """Sizes, exponents and functions; the file itself may be read behind it."""
+    program, text = small(), ""
+    report = export_c(program, tmp_path / "net.c", name="tiny")
+    assert report.header == tmp_path / "net.h"
+    codes = program.values[next(op.inputs[0] for op in program.ops if op.kind == "dequantize")]
+    numbers = {"input_size": 60, "output_0_size": 4, "output_1_size": 1, "input_exponent": -5}
+    numbers["output_0_exponent"] = int(codes.exponent)  # type: ignore[arg-type]  # one of all channels
+    for name, number in numbers.items():
+        text += f"    if (tiny_{name} != {number}) return 1;\n"
+    text += (
+        "    static int8_t x[tiny_input_size];\n    static int32_t y[tiny_output_0_size];\n    static int64_t k[1];\n"
+    )
+    text += "    tiny_run_codes(x, y, k);\n"
+    driver, both = tmp_path / "driver.c", tmp_path / "both.c"
+    driver.write_text(f'#include "net.h"\nint main(void)\n{{\n{text}    return 0;\n}}\n')
+    both.write_text(
+        f'#include "net.h"\n#include "net.c"\n#include "net.h"\nint main(void)\n{{\n{text}    return 0;\n}}\n'
+    )
+    flags = [*OPTIMIZED, "-DLOWBIT_NO_MAIN"]
+    assert executed(compiled([driver, tmp_path / "net.c"], flags, tmp_path / "a")) == (0, b"")
+    assert executed(compiled([both], flags, tmp_path / "b")) == (0, b"")
+    assert "tiny_output_1_exponent" not in (tmp_path / "net.h").read_text()  # of a class
+
+
+def test_codes_behind_a_factor_have_no_exponent(tmp_path: Path) -> None:
+    net = Net()
+    net.out(net.op("dequantize", net.codes(6), dtype="float32", factor=0.3, precision="float32", count=None))
+    export_c(net.program(), tmp_path / "net.c")
+    text = (tmp_path / "net.h").read_text()
+    assert ("network_input_exponent" in text, "network_output_exponent" in text) == (True, False)
+
+
+def test_a_header_of_somebody_else_is_left(tmp_path: Path) -> None:
+    (tmp_path / "net.h").write_text("#define MINE\n")
+    with pytest.raises(ProgramError, match="another file of that name"):
+        export_c(small(), tmp_path / "net.c")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("net.h", "#define MINE\n")]
+    (tmp_path / "net.h").unlink()
+    export_c(small(), tmp_path / "net.c")
+    export_c(small(), tmp_path / "net.c")  # over its own
+
+
+@needs_compiler
 @pytest.mark.parametrize("given", [None, "batch"], ids=["drawn", "given"])
 def test_main_checks_the_file(given: str | None, tmp_path: Path) -> None:
     program = small()
     file = tmp_path / "net.c"
     export_c(program, file, name="tiny", test_input=samples_of(program, 5)[0] if given else None)
+    assert ("drawn at random" in file.read_text()) == (given is None)
     assert executed(compiled([file], OPTIMIZED, tmp_path / "a")) == (0, b"ok\n")
 
 
@@ -176,12 +222,11 @@ def test_the_same_program_gives_the_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "network.c").read_bytes() == (tmp_path / "b" / "network.c").read_bytes()
 
 
-def test_sizes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sizes_are_told(tmp_path: Path) -> None:
     net = Net()
     net.out(net.linear(net.codes(10), net.ints(-127, 127, 4, 10), net.ints(-9, 9, 4)))
     report = export_c(net.program(), tmp_path / "network.c", main=False)
     assert (report.flash, report.ram, report.ops, report.calls) == (4 * 10 + 4 * 4, 4 * 4, 1, 1)
-    assert capsys.readouterr().out == f"{report}\n"
     assert "RAM (static buffers)              16 bytes (arena_32 16)" in str(report)
 
 
@@ -221,6 +266,11 @@ def island() -> Program:
     return net.program()
 
 
+def unread() -> Program:
+    program = island()
+    return replace(program, note={**program.note, "not_followed": ["Net (net.py:3 in forward): control flow"]})
+
+
 def float_stretch() -> Program:
     net = Net()
     floats = net.op("dequantize", net.codes(6), dtype="float32", factor=None, precision="float32", count=None)
@@ -238,11 +288,16 @@ def overflow() -> Program:
 @pytest.mark.parametrize(
     ("build", "path", "said"),
     [
-        (island, "net.island2", "float island"),
+        (island, "net.island2", "float island.*ONNX refuses islands too"),
+        (
+            unread,
+            "net.island2",
+            r"Not followed: Net \(net.py:3 in forward\): control flow. Layers called there stay float",
+        ),
         (float_stretch, "net.quantize2", "C takes floats at the network's inputs only"),
         (overflow, "net.requantize1", "64 bits|wider"),
     ],
-    ids=["island", "float stretch", "overflow"],
+    ids=["island", "island for a reason", "float stretch", "overflow"],
 )
 def test_what_has_no_integer_form_is_refused_by_path(build: Any, path: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=f"^{path}: .*({said})"):
@@ -268,6 +323,8 @@ def test_bad_options_are_refused(options: dict[str, Any], said: str, tmp_path: P
 def test_a_module_is_no_program(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected a program: lower"):
         export_c(object(), tmp_path / "network.c")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"the place of the header\. Give .*network\.c"):
+        export_c(small(), tmp_path / "network.h")
 
 
 def test_nothing_is_left_behind_where_writing_fails(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 from schemes.niti_nets import fit, images
 from torch import Tensor, nn
 
-from lightning_lowbit import F8Net, lower
+from lightning_lowbit import F8Net, lower, verify
 from lightning_lowbit.errors import UnsupportedModelError
 from lightning_lowbit.modules.fraclen import FraclenInput
 from lightning_lowbit.numerics.guards import FLOAT32_EXACT
@@ -199,5 +199,6 @@ def test_random_networks(drawn: Any) -> None:
     except UnsupportedModelError as error:
         refused = str(error)
     else:
-        refused = str(differing(net, program, x) or "")
+        found = verify(net, program, [x])  # some nets have a norm on its own, a float island
+        refused = "" if found.ok else str(found)
     assert not refused or "it reads a mean that nobody has rounded" in refused  # a max pool of means of several counts

@@ -78,6 +78,23 @@ def test_a_pool_called_by_the_name_of_torch() -> None:
     assert np.array_equal(lower(net, x).run(x), net(x).detach().numpy())
 
 
+def test_code_that_was_not_followed_is_named_with_its_islands() -> None:
+    def halved(x: Tensor) -> Tensor:
+        if x.shape[-1] > 4:
+            x = x[..., ::2]
+        return x
+
+    net, x = two(halved)
+    program = lower(net, x)  # which decides by a size: nothing to warn of
+    (said,) = program.note["not_followed"]
+    assert said.startswith("Net (test_lowering_calls.py:")
+    lines = str(program.summary()).splitlines()
+    assert lines[0].startswith("float island: n")
+    assert f"not followed: {said}" in lines
+    assert "not_followed" not in lower(net.a, x).note
+    assert "not_followed" not in lower(*two(lambda x: x)).note
+
+
 def test_wrong_arguments_of_verify_are_named() -> None:
     net, x = two(lambda x: x)
     program = lower(net, x)

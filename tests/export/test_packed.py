@@ -41,7 +41,7 @@ FOLDING = {"hardtanh", "narrow", "relu", "prelu", "prelus", "leaky", "dropout", 
 
 
 # -- equality --------------------------------------------------------------------------------------------------------
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     widths=st.lists(st.integers(1, 130), min_size=2, max_size=4), batch=st.integers(1, 3), norm=st.booleans(),
     act=st.sampled_from(sorted(ACTS)), bias=st.booleans(), options=OPTIONS, seed=SEEDS,
@@ -98,7 +98,7 @@ def convolutional(draw: Any) -> tuple[nn.Module, tuple[int, ...]]:
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(data=st.data(), batch=st.integers(1, 3), last=st.booleans(), options=OPTIONS, seed=SEEDS)
 def test_convolutional_networks(data: Any, batch: int, last: bool, options: dict[str, Any], seed: int) -> None:
     torch.manual_seed(seed)

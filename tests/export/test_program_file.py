@@ -231,7 +231,24 @@ def test_the_runtime_runs_alone(tmp_path: Path, island: bool) -> None:
     assert (done.returncode, done.stderr) == (0, "[]\n")
     expected = program.run(images())["scores"][0]
     assert np.array_equal(np.load(tmp_path / "y.npy"), expected)
-    assert f"float32 [3, 5]: {expected[0].tolist()} argmax {expected[0].argmax()}" in done.stdout
+    said = done.stdout.splitlines()
+    assert said[0] == "output 0: float32 [3, 5], written to y.npy"
+    assert said[1].split() == ["sample", "0:", *(f"{v:.6g}" for v in expected[0][:-1]),
+                               f"{expected[0][-1]:.6g},", "argmax", str(expected[0].argmax())]  # fmt: skip
+
+
+def test_the_runtime_shows_a_short_look(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = {name: Value(name, (-1, 9), "float32") for name in ("x", "y")}
+    ops = (Op("reshape", "r", ("x",), "y", {"shape": [-1, 9]}),)
+    IntegerProgram(ops, values, ("x",), ("y", "x"), {"list": [{"leaf": 0}, {"leaf": 1}]}).save(tmp_path / "net")
+    np.save(tmp_path / "x.npy", np.full((7, 9), -1.23456789e-30, np.float32))
+    assert runtime.main([str(tmp_path / name) for name in ("net", "x.npy")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert (lines[0], lines[5]) == ("output 0: float32 [7, 9]", "  ... 3 more")
+    assert lines[4] == "  sample 3: " + "-1.23457e-30 " * 5 + "..., argmax 0"
+    assert runtime.main([str(tmp_path / name) for name in ("net", "x.npy", "out")]) == 0
+    assert f", written to {tmp_path / 'out.npz'} as arr_1" in capsys.readouterr().out
+    assert np.load(tmp_path / "out.npz")["arr_1"].shape == (7, 9)
 
 
 def test_the_runtime_takes_pixels_alone(tmp_path: Path) -> None:
@@ -254,7 +271,7 @@ def test_what_the_lone_runtime_refuses(tmp_path: Path) -> None:
     said = {
         ("net.lowbit", "x.npy", "y.npy"): "soft (island): a float island needs runtime_float.py beside runtime.py",
         ("net.lowbit", "wide.npy", "y.npy"): "got float64 [3, 2, 4, 4], expected float32",
-        ("cut.lowbit", "x.npy", "y.npy"): "cut.lowbit: not the file of a program, or one that was cut",
+        ("cut.lowbit", "x.npy", "y.npy"): "cut or changed. Copy it again, or write it anew",
         ("net.lowbit", "none.npy", "y.npy"): "none.npy",
         ("net.lowbit",): "python runtime.py program.lowbit input.npy",
     }
