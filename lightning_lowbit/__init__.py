@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from lightning_lowbit.plugins.loading import load_from_checkpoint
     from lightning_lowbit.plugins.precision import LowBitPrecision, lowbit_step
     from lightning_lowbit.plugins.strategy import LowBitDDPStrategy, LowBitStrategy
+    from lightning_lowbit.reports.bit_plan import read_plan
+    from lightning_lowbit.reports.bit_search import plan_bits
     from lightning_lowbit.reports.html import html_report
     from lightning_lowbit.reports.sensitivity import sensitivity
     from lightning_lowbit.reports.summary import summarize
@@ -76,6 +78,8 @@ __all__ = [
     "lowbit_step",
     "lower",
     "pack",
+    "plan_bits",
+    "read_plan",
     "save_compact",
     "sensitivity",
     "summarize",
@@ -115,6 +119,8 @@ _HOME = {
     "lowbit_step": "plugins.precision",
     "lower": "export.lowering",
     "pack": "export.packed",
+    "plan_bits": "reports.bit_search",
+    "read_plan": "reports.bit_plan",
     "save_compact": "plugins.checkpoint",
     "sensitivity": "reports.sensitivity",
     "summarize": "reports.summary",

@@ -19,13 +19,14 @@ import lightning_lowbit.schemes
 from lightning_lowbit import cli
 from lightning_lowbit.callbacks.quant import QuantCallback
 from lightning_lowbit.cli.measured import measured
+from lightning_lowbit.cli.programs import _lowered
 from lightning_lowbit.cli.schemes import _meanings
 from lightning_lowbit.demos import DigitsCnn, DigitsData
 from lightning_lowbit.export.program import IntegerProgram
 from lightning_lowbit.export.verify_report import Certificate
 from lightning_lowbit.modules.base import Scheme
 from lightning_lowbit.plugins.loading import load_from_checkpoint
-from lightning_lowbit.schemes import registry
+from lightning_lowbit.schemes import convert, registry
 
 GUIDE = (Path(__file__).parents[1] / "docs" / "export.md").read_text()
 NET = ["--ckpt", "last.ckpt", "--model", "DigitsCnn"]
@@ -72,7 +73,7 @@ def test_all_forms_at_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert status_of("export", *NET, *DATA, "--to", *forms, "--output", "sub.v2/net", "--name", "digits") == 1
     assert "in a folder that exists" in capsys.readouterr().err
     assert status_of("export", *NET, *DATA, "--to", *forms, "--output", "net", "--name", "digits") == 0
-    files = ["net.c", "net.lowbit", "net.onnx", "net_clip.onnx", "net_clip.prototxt", "net_qdq.onnx"]
+    files = ["net.c", "net.h", "net.lowbit", "net.onnx", "net_clip.onnx", "net_clip.prototxt", "net_qdq.onnx"]
     assert written(folder) == files
     module, x = load_from_checkpoint(DigitsCnn, "last.ckpt").eval(), torch.rand(3, 1, 8, 8)
     assert np.array_equal(IntegerProgram.load("net.lowbit").run(x), module(x).detach())
@@ -85,8 +86,54 @@ def test_all_forms_at_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_a_whole_file_name_is_kept(folder: Path) -> None:
-    assert status_of("export", *NET, "--to", "c", "--output", "firmware.h") == 0
-    assert written(folder) == ["firmware.h"]
+    assert status_of("export", *NET, "--to", "c", "--output", "firmware.c99") == 0
+    assert written(folder) == ["firmware.c99", "firmware.h"]
+
+
+def test_a_program_comes_with_what_runs_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["export", *NET, "--to", "program", "c", "--output", "out/net"]
+    Path("out").mkdir()
+    assert status_of(*words) == 0
+    assert "--with_runtime writes what runs it without torch" in capsys.readouterr().out
+    assert status_of(*words, "--with_runtime") == 0
+    assert "run it: python out/runtime.py out/net.lowbit input.npy output.npy" in capsys.readouterr().out
+    assert written(folder / "out") == ["net.c", "net.h", "net.lowbit", "runtime.py"]
+    for name in ("runtime.py", "net.h"):
+        ours = Path("out", name).read_bytes()
+        Path("out", name).write_text("mine")
+        assert status_of(*words, "--with_runtime") == 1
+        assert f"out/{name}: there is another file of that name" in capsys.readouterr().err
+        assert Path("out", name).read_text() == "mine"
+        Path("out", name).write_bytes(ours)
+    assert status_of("export", *NET, "--to", "c", "--output", "a", "--with_runtime") == 1
+
+
+def test_a_file_of_another_class_and_no_checkpoint(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = torch.load("last.ckpt", weights_only=True)
+    path = {"_class_path": "mynet.ResCnn", "_instantiator": "lightning.pytorch.cli.instantiate_module"}
+    checkpoint["hyper_parameters"] |= path  # as the command line has them written
+    torch.save(checkpoint, "other.ckpt")
+    Path("text.ckpt").write_text("epoch 1\n")
+    said = {
+        "other": "it is of mynet.ResCnn, got --model lightning_lowbit.demos.",
+        "text": "it is no checkpoint that torch.load",
+    }
+    for name, words in said.items():
+        assert status_of("export", "--ckpt", f"{name}.ckpt", *NET[2:], "--to", "c", "--output", "a") == 1
+        assert f"--ckpt {name}.ckpt: {words}" in capsys.readouterr().err
+
+
+def test_what_was_not_followed_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    class Odd(DigitsCnn):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x if x.mean() < 9 else x / 2)
+
+    module = Odd(channels=4).eval()
+    convert(module, "tqt", torch.rand(4, 1, 8, 8))
+    _lowered(module, [1, 1, 8, 8], None)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("warning: not followed: Odd (test_cli_export.py:")
+    assert second.startswith("warning: the forward takes numbers out of tensors (test_cli_export.py:")
 
 
 REFUSED = {
@@ -94,6 +141,7 @@ REFUSED = {
     "float network": (["--ckpt", "float.ckpt", *NET[2:], "--to", "c", "--output", "a"], "no low-bit layer found"),
     "other class": ([*NET, "--model.channels", "8", "--to", "c", "--output", "a"], "hyperparameters of the training"),
     "input shape": ([*NET, "--input_shape", "1", "3", "8", "8", "--to", "c", "--output", "a"], "1 3 8 8: the forward"),
+    "order": ([*NET, "--input_shape", "1", "1", "8", "--to", "c", "--output", "a"], "(N C H W), and is made 2 to see"),
     "no checkpoint": (["--ckpt", "none.ckpt", *NET[2:], "--to", "c", "--output", "a"], "none.ckpt: no such file"),
     "no tensors": (["--ckpt", __file__, *NET[2:], "--to", "c", "--output", "a"], "it is no checkpoint of tensors"),
     "one file for two": ([*NET, "--to", "program", "c", "--output", "a.c"], "one file for 2 forms (program, c)"),
@@ -140,6 +188,41 @@ def test_model_and_data_of_a_config_of_fit(folder: Path, capsys: pytest.CaptureF
     assert "14 samples in 2 batches" in capsys.readouterr().out
     assert status_of("verify", "--config=none.yaml", "--program", "a.lowbit") == 2
     assert "--config none.yaml: no such file" in capsys.readouterr().err
+
+
+def test_what_a_checkpoint_is_not_for(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    net = ["--model", "DigitsCnn", "--data", "DigitsData", "--trainer.logger", "false", "--trainer.accelerator", "cpu"]
+    net += ["--trainer.max_epochs", "1"]
+    assert status_of("validate", *net, "--quant.scheme", "float", "--ckpt_path", "last.ckpt") == 2
+    assert "got 'float', and last.ckpt was trained with 'tqt'. Leave quant.scheme out" in capsys.readouterr().err
+    assert status_of("fit", *net, "--ckpt_path", "float.ckpt") == 2
+    assert "float checkpoint" in capsys.readouterr().err
+    assert status_of("predict", *net, "--ckpt_path", "last.ckpt", "--output", "no/such.npy") == 2
+    assert "--output no/such.npy: expected the path of a file, in a folder that exists." in capsys.readouterr().err
+
+
+def test_a_scheme_of_ones_own_is_imported_where_it_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("own_scheme.py").write_text(
+        "from dataclasses import dataclass\nfrom typing import ClassVar\n\nfrom lightning_lowbit import Tqt\n\n\n"
+        "@dataclass(frozen=True)\nclass Own(Tqt):\n    name: ClassVar[str] = 'own'\n"
+    )
+    checkpoint = torch.load("last.ckpt", weights_only=True)
+    checkpoint["lightning_lowbit"]["scheme"] = "own"
+    torch.save(checkpoint, "own.ckpt")
+    words = ["export", "--ckpt", "own.ckpt", "--model", "DigitsCnn", "--to", "program", "--output", "a"]
+    path = list(sys.path)
+    try:
+        assert status_of(*words) == 1
+        assert "no scheme is called 'own'" in capsys.readouterr().err
+        assert status_of(*words, "--quant.scheme", "own_scheme.Own") == 0
+        del sys.modules["own_scheme"]
+        Path("fit.yaml").write_text("quant: {scheme: own_scheme.Own}\n")
+        assert status_of(*words, "--config", "fit.yaml") == 0
+        assert "own_scheme" in sys.modules
+        assert status_of("schemes", "own_scheme.Own") == 0
+    finally:
+        sys.path[:] = path
+        sys.modules.pop("own_scheme", None)
 
 
 def test_verify_proves_a_program_and_finds_a_changed_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -234,4 +317,4 @@ def test_the_commands_of_the_guide_run(folder: Path) -> None:
     assert [line.split()[0] for line in lines] == ["export", "verify", "export"]
     for line in lines:
         assert status_of(*line.split()) == 0
-    assert written(folder) == ["digits.c", "digits.lowbit", "digits_int8.onnx"]
+    assert written(folder) == ["digits.c", "digits.h", "digits.lowbit", "digits_int8.onnx", "runtime.py"]

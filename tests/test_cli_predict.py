@@ -20,6 +20,7 @@ from lightning.pytorch import Trainer
 
 from lightning_lowbit import cli
 from lightning_lowbit.callbacks.quant import QuantCallback
+from lightning_lowbit.cli.fit import _said
 from lightning_lowbit.demos import DigitsCnn, DigitsData
 from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.plugins.checkpoint import save_compact
@@ -131,8 +132,8 @@ def test_what_the_user_says_of_quant_is_held_against_the_file(folder: Path, tmp_
 def test_a_section_speaks_for_its_own_subcommand(tmp_path: Path) -> None:
     config = tmp_path / "quant.yaml"
     config.write_text("predict: {quant.scheme: tqt}\n", encoding="utf-8")
-    assert cli._says_quant(["predict", "--config", str(config)])
-    assert not cli._says_quant(["test", "--config", str(config)])
+    assert "quant.scheme" in _said(["predict", "--config", str(config)])
+    assert "quant.scheme" not in _said(["test", "--config", str(config)])
 
 
 def test_validate_converts_as_the_file_says(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

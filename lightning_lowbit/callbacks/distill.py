@@ -61,7 +61,11 @@ class Distill(Callback):
     """
 
     def __init__(
-        self, teacher: nn.Module | str | Path, weight: float = 1.0, temperature: float = 1.0, keep_loss: bool = False
+        self,
+        teacher: Any,  # nn.Module | str | Path: the command line would list every class of modules in its help
+        weight: float = 1.0,
+        temperature: float = 1.0,
+        keep_loss: bool = False,
     ) -> None:
         if not isinstance(teacher, (nn.Module, str, Path)):
             raise ConfigError(

@@ -37,6 +37,7 @@ class QuantMonitor(Callback):
         dead_bits        top bits that no code uses
         exponent         log2 of the step (mean over channels)
         drift            its change since the last time
+        log2_t           log2 of a threshold or clip that training moves, before it is rounded up to a step
         flips            share of a weight's codes that changed since the last time
         threshold_grad   mean |dL / dlog2_t| of a trained threshold
 

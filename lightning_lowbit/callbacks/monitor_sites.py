@@ -29,7 +29,7 @@ from lightning_lowbit.reports.metrics import CodeFlips, DeadBits, SaturatedShare
 
 __all__ = ["METRICS", "WatchedSite", "computed", "find_sites"]
 
-METRICS = ("sqnr", "saturation", "dead_bits", "exponent", "drift", "flips", "threshold_grad")
+METRICS = ("sqnr", "saturation", "dead_bits", "exponent", "drift", "log2_t", "flips", "threshold_grad")
 _UNWATCHED = ("bias", "error", "weight_grad", "unit")  # a bias has bits to spare, an error comes backward
 _UNSEEN = "it did not come by in the batch: unused, or in code made by torch.compile, which runs past hooks"
 _SIGNS = "of signs there are none"
@@ -84,6 +84,8 @@ class WatchedSite:
             kinds["flips"] = CodeFlips
         if getattr(self.quantizer, "log2_t", None) is not None:
             kinds["threshold_grad"] = mean
+        if self.quantizer.log2_threshold() is not None:
+            kinds["log2_t"] = mean
         needed = {"exponent" if name == "drift" else name for name in self.wanted}
         # Processes exchange all states at once.
         self.metrics = {n: kind(sync_on_compute=False).to(device) for n, kind in kinds.items() if n in needed}
@@ -168,6 +170,8 @@ class WatchedSite:
             for name in ("sqnr", "saturation", "dead_bits"):
                 self.missing.setdefault(name, _UNSEEN)
         self.seen = False
+        if "log2_t" in self.metrics and (threshold := self.quantizer.log2_threshold()) is not None:
+            self.metrics["log2_t"].update(threshold.float())
         if self.is_weight:
             self._see_weight(self.owner)
         elif not isinstance(self.quantizer, BlockRange):  # those tell batch by batch
@@ -215,7 +219,7 @@ class WatchedSite:
             self.metrics["saturation"].update(beyond.sum(), x.numel())
         elif grid.binary and self.is_weight and bool((x.abs() == 1).all()):
             self.missing.setdefault("saturation", "its weights are signs, with no magnitude behind them")
-        elif type(self.quantizer).saturated is Quantizer.saturated:
+        elif not self.quantizer.counts:
             self.missing.setdefault("saturation", "its quantizer counts none")
         else:
             self.metrics["saturation"].update(self.quantizer.saturated(x), x.numel())

@@ -35,7 +35,8 @@ class QuantCallback(Lifecycle):
             "500 steps" a step, 0 at once. None lets the scheme decide (at once with init_from, a restored
             checkpoint or a module trained in low bits).
         compile: run torch.compile on the converted parts.
-        evaluate: validate once in float and once calibrated before the first low-bit step.
+        evaluate: validate once in float and once calibrated before the first low-bit step (in float not again where
+            the last validation was of these weights).
         resume_order: make the sample order a function of seed and epoch alone; None lets the scheme decide.
     """
 

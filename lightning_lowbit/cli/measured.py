@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import inspect
-import io
 import tempfile
 import warnings
 from collections.abc import Iterable
@@ -101,7 +99,7 @@ def _forms(net: nn.Module) -> tuple[tuple[str, ...], str]:
     except (ConfigError, UnsupportedModelError) as error:
         return (), str(error)
     found = ["program"]
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+    with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "net")
         for form in (*ONNX, "c"):
             try:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import json
 import pickle
 import pydoc
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import instantiate_module
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_lowbit.cli.parser import LowBitParser
+from lightning_lowbit.cli.settings import read_config, scheme_class
 from lightning_lowbit.errors import ConfigError, InvariantError, UnsupportedModelError
 from lightning_lowbit.export.program import ProgramError
 from lightning_lowbit.plugins.loading import load_from_checkpoint
@@ -26,10 +27,12 @@ __all__ = [
     "STAGES",
     "add_network",
     "batches",
+    "batches_of",
     "first_batch",
     "given_options",
     "line_of",
     "network",
+    "transferred",
     "with_config",
 ]
 
@@ -44,6 +47,10 @@ def add_network(parser: LowBitParser, required: bool = True) -> None:
     parser.add_argument("--ckpt", "--ckpt_path", type=str, required=required, help="The checkpoint of the training.")
     parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True, required=required)
     parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True, required=False)
+    parser.add_argument(
+        "--quant.scheme", type=str,
+        help="Class path of a scheme of your own, which the checkpoint names and does not import.",
+    )  # fmt: skip
 
 
 def with_config(words: list[str]) -> list[str]:
@@ -55,23 +62,32 @@ def with_config(words: list[str]) -> list[str]:
         if option not in ("-c", "--config"):
             found.append(word)
             continue
-        file = Path(value if equals else next(rest, ""))
-        if not file.is_file():
-            raise ConfigError(f"--config {file}: no such file.")
-        try:
-            content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--config {file}: no YAML: {line_of(error)}") from error
-        for key, given in (content if isinstance(content, dict) else {}).items():
+        name = value if equals else next(rest, "")
+        if not name:
+            raise ConfigError("--config: expected a file behind it.")
+        for key, given in read_config(Path(name)).items():
             if str(key).partition(".")[0] in ("model", "data") and given is not None:
                 found.append(f"--{key}={given if isinstance(given, str) else json.dumps(given)}")
+            elif path := _scheme_path(key, given):
+                found.append(f"--quant.scheme={path}")
     return found
+
+
+def _scheme_path(key: Any, given: Any) -> str:
+    """The class path of a scheme with no name of its own, where a key of a file of fit has one."""
+    if key == "quant" and isinstance(given, dict):
+        key, given = "quant.scheme", given.get("scheme")
+    if isinstance(given, dict):
+        given = given.get("class_path")
+    return given if key == "quant.scheme" and isinstance(given, str) and "." in given else ""
 
 
 def network(args: Any) -> LightningModule:
     """The trained network, in evaluation on the CPU; options that nobody gives are the checkpoint's."""
     if not Path(args.ckpt).is_file():
         raise ConfigError(f"--ckpt {args.ckpt}: no such file.")
+    if args.get("quant.scheme") is not None:
+        scheme_class(args["quant.scheme"])
     cls: Any = pydoc.locate(args.model.class_path)  # the parser has imported it
     try:
         module: LightningModule = load_from_checkpoint(cls, args.ckpt, "cpu", **given_options(args.model))
@@ -80,11 +96,25 @@ def network(args: Any) -> LightningModule:
         raise
     except (pickle.UnpicklingError, EOFError) as error:
         raise ConfigError(f"--ckpt {args.ckpt}: it is no checkpoint of tensors and plain types.") from error
-    except (LookupError, RuntimeError, TypeError) as error:
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:
+        _require_class(args.ckpt, cls, args.model.class_path)
         raise ConfigError(
             f"--ckpt {args.ckpt}: it does not load into --model {cls.__name__}: {line_of(error)} Give the class and "
             "the options (--model.NAME VALUE) of the training."
         ) from error
+
+
+def _require_class(path: str, cls: type, given: str) -> None:
+    """ConfigError where a checkpoint that does not load is none, or names another class."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        told = str(checkpoint.get("hyper_parameters", {}).get("_class_path") or "")
+    except Exception as error:  # whatever bytes that are no checkpoint lead to
+        raise ConfigError(
+            f"--ckpt {path}: it is no checkpoint that torch.load reads. Give a file that the training saved."
+        ) from error
+    if told and told not in (given, f"{cls.__module__}.{cls.__qualname__}"):
+        raise ConfigError(f"--ckpt {path}: it is of {told}, got --model {given}. Give --model {told}.")
 
 
 def first_batch(args: Any, module: LightningModule) -> tuple[Any, ...]:
@@ -101,20 +131,40 @@ def first_batch(args: Any, module: LightningModule) -> tuple[Any, ...]:
 
 def batches(args: Any, module: LightningModule) -> Iterator[Any]:
     """Batches of ``--data``, else of the module's own loaders."""
-    source: Any = module
+    data: Any = None
     if args.get("data") is not None:
         config = {"_class_path": args.data.class_path, **given_options(args.data)}
-        source = instantiate_module(LightningDataModule, config)
-    split = args.get("split") or "val"
+        data = instantiate_module(LightningDataModule, config)
+    otherwise = "--data" if data is None else "--split test, predict or train"
+    return batches_of(module, data, args.get("split") or "val", otherwise)
+
+
+def batches_of(module: Any, data: Any, split: str, otherwise: str = "another --split") -> Iterator[Any]:
+    """Batches as the forward of ``module`` gets them.
+
+    Args:
+        data: a data module; None takes the module's own loaders.
+        split: train, val, test or predict.
+        otherwise: what to give where there is no such loader.
+    """
+    source = module if data is None else data
     source.prepare_data()
     source.setup(STAGES[split])
     try:
         loaders = getattr(source, f"{split}_dataloader")()
     except MisconfigurationException as error:
-        where = "--split test, predict or train" if args.get("data") is not None else "--data"
-        raise ConfigError(f"{type(source).__name__}: it has no {split}_dataloader. Give {where}.") from error
-    several: Iterable[Any] = loaders if isinstance(loaders, (list, tuple)) else [loaders]
-    return itertools.chain.from_iterable(several)
+        raise ConfigError(f"{type(source).__name__}: it has no {split}_dataloader. Give {otherwise}.") from error
+    for number, loader in enumerate(loaders if isinstance(loaders, (list, tuple)) else [loaders]):
+        for batch in loader:
+            yield transferred(batch, number, module, data)
+
+
+def transferred(batch: Any, loader: int, module: Any, data: Any) -> Any:
+    """As the hooks around the transfer to a device make it: the data module's where it has its own."""
+    for hook in ("on_before_batch_transfer", "on_after_batch_transfer"):
+        owner = data if data is not None and is_overridden(hook, data) else module
+        batch = getattr(owner, hook)(batch, loader)
+    return batch
 
 
 def given_options(section: Any) -> dict[str, Any]:

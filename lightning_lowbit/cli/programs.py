@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import itertools
 import os
 import sys
@@ -29,9 +27,10 @@ from lightning_lowbit.cli.network import (
 from lightning_lowbit.cli.parser import LowBitParser
 from lightning_lowbit.errors import ConfigError, InvariantError
 from lightning_lowbit.export.c99 import export_c
-from lightning_lowbit.export.lowering import lower
+from lightning_lowbit.export.c99_header import FIRST
+from lightning_lowbit.export.lowering import lowering_of
 from lightning_lowbit.export.onnx import export_onnx
-from lightning_lowbit.export.program import IntegerProgram
+from lightning_lowbit.export.program import IntegerProgram, require_ours
 from lightning_lowbit.export.verify import verify as verify_program
 from lightning_lowbit.reports.certificate import compare, read_certificate
 
@@ -72,7 +71,11 @@ def _export_parser() -> LowBitParser:
     )  # fmt: skip
     parser.add_argument(
         "--input_shape", nargs="+", type=int,
-        help="Of the input and its batch: 1 3 32 32. Else the model's example_input_array, or a batch of --data.",
+        help="Of the input, its batch first: 1 3 32 32. Else the model's example_input_array, or a batch of --data.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--with_runtime", action="store_true",
+        help="Of program: runtime.py beside it, which runs it with numpy alone; for islands runtime_float.py, too.",
     )  # fmt: skip
     parser.add_argument("--opset", type=int, help="Of ONNX files; each form has a default.")
     parser.add_argument(
@@ -95,11 +98,12 @@ def _export(args: Any) -> list[str]:
     module = network(args)
     batch = None if args.get("data") is None else first_batch(args, module)
     program = _lowered(module, args.get("input_shape"), batch)
+    _require_ours(program, targets, bool(args.get("with_runtime")))
     samples = batch if batch is None or len(batch) > 1 else batch[0]
     folder = next(iter(targets.values())).parent
     # Beside their places, so that they can be moved there when all of them exist.
     with tempfile.TemporaryDirectory(prefix=".lowbit-", dir=folder) as staging:
-        reports = [_write(form, program, Path(staging, path.name), args, samples) for form, path in targets.items()]
+        reports = [_write(form, program, Path(staging), path, args, samples) for form, path in targets.items()]
         for written in sorted(Path(staging).iterdir()):
             os.replace(written, folder / written.name)
     return reports
@@ -123,6 +127,16 @@ def _targets(forms: Sequence[str], output: str, ckpt: str) -> dict[str, Path]:
     return found
 
 
+def _require_ours(program: IntegerProgram, targets: dict[str, Path], with_runtime: bool) -> None:
+    """ProgramError where a file that stands beside a form would replace one of somebody else's."""
+    if "c" in targets:
+        require_ours(targets["c"].with_suffix(".h"), FIRST.encode())
+    if with_runtime and "program" not in targets:
+        raise ConfigError("--with_runtime: it is for --to program, which is not among the forms.")
+    for source in program.runtime_files() if with_runtime else ():
+        require_ours(targets["program"].with_name(source.name), source.read_bytes().splitlines()[0])
+
+
 def _lowered(module: LightningModule, shape: list[int] | None, batch: tuple[Any, ...] | None) -> IntegerProgram:
     example: Any = None
     if shape is not None:
@@ -137,23 +151,34 @@ def _lowered(module: LightningModule, shape: list[int] | None, batch: tuple[Any,
             )
         example = batch
     try:
-        return lower(module, example)
+        lowering = lowering_of(module, example)
     except (InvariantError, *REFUSALS):
         raise
     except Exception as error:  # of the user's forward
-        given = "its example" if shape is None else f"--input_shape {_spaced(shape)}"
-        raise ConfigError(f"{given}: the forward of {type(module).__name__} fails on it: {line_of(error)}") from error
+        given, way = "its example", ""
+        if shape is not None:
+            given = f"--input_shape {_spaced(shape)}"
+            way = " The batch comes first, as in 1 3 32 32 (N C H W), and is made 2 to see what depends on it."
+        raise ConfigError(
+            f"{given}: the forward of {type(module).__name__} fails on it: {line_of(error)}{way}"
+        ) from error
+    said = [f"not followed: {part}" for part in lowering.program.note.get("not_followed", [])]
+    print(*(f"warning: {words}\n" for words in [*said, lowering.doubt] if words), sep="", end="", file=sys.stderr)
+    return lowering.program
 
 
-def _write(form: str, program: IntegerProgram, path: Path, args: Any, samples: Any) -> str:
+def _write(form: str, program: IntegerProgram, staging: Path, target: Path, args: Any, samples: Any) -> str:
     """One file; gives what is to be said of it."""
+    path = staging / target.name
     if form == "program":
-        program.save(path)
-        return f"{path.name}: {len(program.ops)} operations, {path.stat().st_size:,} bytes"
+        beside = bool(args.get("with_runtime"))
+        program.save(path, with_runtime=beside)
+        size = f"{path.name}: {len(program.ops)} operations, {path.stat().st_size:,} bytes"
+        runs = f"python {target.with_name('runtime.py')} {target} input.npy output.npy"
+        return f"{size}\n  " + (f"run it: {runs}" if beside else "--with_runtime writes what runs it without torch")
     if form == "c":
         name, pixels = args.get("name") or "network", args.get("pixels")
-        with contextlib.redirect_stdout(io.StringIO()):  # its report is printed when all files are there
-            return str(export_c(program, path, test_input=samples, name=name, pixels=pixels))
+        return str(export_c(program, path, test_input=samples, name=name, pixels=pixels))
     options: dict[str, Any] = {"opset": args.get("opset")}
     if form == "qdq":
         options |= {"allow_inexact": bool(args.get("allow_inexact")), "samples": samples}

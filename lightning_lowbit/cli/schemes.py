@@ -14,20 +14,21 @@ from typing import Any, cast
 
 from lightning_lowbit.cli.measured import measured
 from lightning_lowbit.cli.parser import LowBitParser
-from lightning_lowbit.cli.settings import import_path, requires_options
+from lightning_lowbit.cli.settings import import_path, requires_options, scheme_class
 from lightning_lowbit.modules.base import Scheme
-from lightning_lowbit.schemes import find, registry
+from lightning_lowbit.schemes import registry, require_usable
 
 __all__ = ["SCHEMES_HELP", "schemes"]
 
 SCHEMES_HELP = "List the schemes that quant.scheme knows by name: what they quantize and export; or one's options."
 HEAD = ("scheme", "weights", "activations", "biases", "errors", "norms", "exported to")
 FOOT = (
-    "Bits of codes, and what `export --to` writes, of a small residual network converted at the defaults. "
+    "Bits of codes, and what `export --to` writes, of a small residual network converted at the defaults; 8..18 are "
+    "the narrowest and the widest of several tensors, folded norms are merged into the layers before them. "
     "`lightning-lowbit schemes NAME` explains the options of one; `quant.scheme: float` converts nothing."
 )
 KEY_OPTIONS = 6
-_ENTRY = re.compile(r"    (\w+(?:, \w+)*): (.*)")  # of "Args:" in a docstring: one name or several, and their meaning
+_ENTRY = re.compile(r"    (\w+): (.*)")  # of "Args:" in a docstring: a name and its meaning
 
 
 def schemes(words: list[str]) -> int:
@@ -36,15 +37,17 @@ def schemes(words: list[str]) -> int:
     Returns:
         exit status 0.
     Raises:
-        ConfigError: no scheme is called so; it names the nearest.
+        ConfigError: no scheme is called so; it names the nearest. A class that cannot be used as a scheme.
     """
     parser = LowBitParser(prog="lightning-lowbit schemes", description=SCHEMES_HELP)
-    parser.add_argument("name", nargs="?", type=str, help="A scheme, whose options are listed.")
+    parser.add_argument(
+        "name", nargs="?", type=str, help="A scheme whose options are listed: its name, or its class path."
+    )
     name = parser.parse_args(words).name
     if name is None:
         _overview()
     else:
-        _options(find(next((known for known, cls in registry().items() if cls.__name__ == name), name)))
+        _options(scheme_class(name))
     return 0
 
 
@@ -54,7 +57,7 @@ def _overview() -> None:
         found = measured(cls)
         forms = " ".join(found.forms) or "-"
         rows.append((name, found.weights, found.activations, found.biases, found.errors, found.norms, forms))
-        lines = [*_about(cls), f"update: {found.update}", _key_options(cls)]
+        lines = [*_about(cls), f"scheme: {import_path(cls)}", f"update: {found.update}", _key_options(cls)]
         notes.append((name, lines + [f"not exported: {found.note}"] * bool(found.note)))
     _table(HEAD, rows)
     indent = 2 + max(len(name) for name, _ in notes)
@@ -67,10 +70,10 @@ def _overview() -> None:
 
 
 def _about(cls: type[Scheme]) -> list[str]:
-    """The paper, what it is, and the class path."""
+    """The paper, and what it is."""
     paper = (getattr(sys.modules.get(cls.__module__), "__doc__", None) or "").partition("\n")[0]
     summary = (inspect.getdoc(cls) or "").partition("\n")[0]
-    return [line for line in (paper, summary, import_path(cls)) if line]
+    return [line for line in (paper, summary) if line]
 
 
 def _key_options(cls: type[Scheme]) -> str:
@@ -81,8 +84,9 @@ def _key_options(cls: type[Scheme]) -> str:
 
 
 def _options(cls: type[Scheme]) -> None:
-    """Everything that is to be said of one scheme."""
-    for line in _about(cls):
+    """Everything that is to be said of one scheme; ConfigError of a class that cannot be used as one."""
+    require_usable(cls)
+    for line in (f"scheme: {import_path(cls)}", *_about(cls)):
         _paragraph(line, "", 0)
     print()
     meanings = _meanings(cls)
@@ -97,6 +101,8 @@ def _options(cls: type[Scheme]) -> None:
 
 def _fields(cls: type[Scheme]) -> list[tuple[str, str, Any, list[str]]]:
     """Name, default, the value that it leads to (None where that is open), and the values to choose from."""
+    if not hasattr(cls, "__dataclass_fields__"):  # an installed one whose author forgot it; the table says so
+        return []
     # Every concrete scheme is a dataclass, which the type of the base class cannot say.
     fields = [field for field in dataclasses.fields(cast("Any", cls)) if field.init]
     made = None if requires_options(cls) else cls()
@@ -125,15 +131,14 @@ def _choices(hint: Any) -> list[str]:
 def _meanings(cls: type[Scheme]) -> dict[str, str]:
     """Option -> its text under "Args:" in the class's docstring."""
     found: dict[str, str] = {}
-    names: list[str] = []
+    name = ""
     for line in (inspect.getdoc(cls) or "").partition("Args:\n")[2].splitlines():
         if not line.startswith("    "):
             break
         if entry := _ENTRY.fullmatch(line):
-            names = entry[1].split(", ")
-            found |= dict.fromkeys(names, entry[2])
-        else:
-            found |= {name: f"{found[name]} {line.strip()}" for name in names}
+            name, found[entry[1]] = entry[1], entry[2]
+        elif name:
+            found[name] += f" {line.strip()}"
     return found
 
 

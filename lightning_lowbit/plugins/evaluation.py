@@ -6,7 +6,12 @@ from typing import Any
 
 from lightning.pytorch.utilities.seed import isolate_rng
 
-__all__ = ["validate_within_fit", "validation_metrics"]
+__all__ = ["batches_trained", "validate_within_fit", "validation_metrics"]
+
+
+def batches_trained(trainer: Any) -> int:
+    """Training batches of the run so far: while it stands still, so do weights and running statistics."""
+    return int(trainer.fit_loop.epoch_loop.batch_progress.total.processed)
 
 
 def validation_metrics(trainer: Any) -> dict[str, float]:

@@ -32,17 +32,17 @@ from lightning_lowbit.plugins import checks
 from lightning_lowbit.plugins.calibration import calibrate_before_evaluation, calibrate_on, update_averages
 from lightning_lowbit.plugins.compiling import compile_in_place
 from lightning_lowbit.plugins.distributed import ignore_in_ddp, share_ignored, step_context
-from lightning_lowbit.plugins.evaluation import validate_within_fit, validation_metrics
-from lightning_lowbit.plugins.integer_run import begin_batch, end_run, log_rule, renew_codes, run_notes, settle
+from lightning_lowbit.plugins.evaluation import batches_trained, validate_within_fit, validation_metrics
+from lightning_lowbit.plugins.integer_run import begin_batch, end_run, log_rule, renew_codes, settle
 from lightning_lowbit.plugins.label_free import reconstruct_within_fit
 from lightning_lowbit.plugins.patching import Patches
 from lightning_lowbit.plugins.precision import low_bit, rule_of
 from lightning_lowbit.plugins.presence import Presence
 from lightning_lowbit.plugins.registration import register_strategies
 from lightning_lowbit.plugins.resume import ResumeState
+from lightning_lowbit.plugins.run_report import report_run
 from lightning_lowbit.plugins.schedule import Schedule, run_length
 from lightning_lowbit.plugins.swap import has_layers, swap, swap_for_checkpoint
-from lightning_lowbit.reports.summary import print_report
 from lightning_lowbit.schemes import resolve
 
 __all__ = ["Lifecycle"]
@@ -77,6 +77,7 @@ class Lifecycle(Callback):
         self.calibration_loader: Any = None  # Calibrate sets it
         self.replaced: dict[str, Milestone] = {}  # Freeze and FoldBatchNorm put theirs
         self.metrics: dict[str, dict[str, float]] = {}
+        self._validated: int | None = None  # batches trained before the last validation
         self.schedule: Schedule | None = None
         self.rule: UpdateRule | None = None
         self._patches = Patches()
@@ -160,7 +161,7 @@ class Lifecycle(Callback):
             if trainer.state.fn == "fit":
                 raise ConfigError(
                     f"ckpt_path={str(self._loading)!r} is a float checkpoint: it initializes, it does not "
-                    "resume. Pass it as QuantCallback(init_from=...) and leave ckpt_path out."
+                    "resume. Pass it as init_from= (--quant.init_from at the command line) and leave ckpt_path out."
                 )
             files.add_open_keys(checkpoint["state_dict"], pl_module)
         else:
@@ -250,7 +251,7 @@ class Lifecycle(Callback):
             )
         assert self.schedule is not None
         rank_zero_info(f"lightning_lowbit: {self.schedule}")
-        self._reached = self._steps_before_epoch = None
+        self._reached = self._steps_before_epoch = self._validated = None
         if self.compile:
             compile_in_place(pl_module, self._patches)
         self._tick(trainer, pl_module)
@@ -299,7 +300,7 @@ class Lifecycle(Callback):
     def _begin(self, trainer: Any, pl_module: Any) -> None:
         """Quantization starts: float metrics, calibration, calibrated metrics."""
         evaluate = self.evaluate and not trainer.fast_dev_run
-        if evaluate and "float" not in self.metrics:
+        if evaluate and self._validated != batches_trained(trainer):  # else they are of these very weights
             with mode([switch_of(pl_module)], Mode.FLOAT):
                 self.metrics["float"] = validate_within_fit(trainer)
         loaders = self.calibration_loader if self.calibration_loader is not None else trainer.train_dataloader
@@ -362,11 +363,11 @@ class Lifecycle(Callback):
         renew_codes(pl_module)
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             kind = "trained" if switch_of(pl_module).started else "float"
-            self.metrics[kind] = validation_metrics(trainer)
+            self.metrics[kind], self._validated = validation_metrics(trainer), batches_trained(trainer)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.is_global_zero and not trainer.fast_dev_run and switch_of(pl_module).started:
-            print_report(pl_module, self.metrics, self._tally, run_notes(pl_module, self.rule))
+            report_run(trainer, pl_module, self.metrics, self._tally, self.rule)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         if self.schedule is None:  # the loop left before its first hook

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_lowbit.errors import ConfigError
@@ -59,7 +59,10 @@ def swap(module: nn.Module, scheme: Scheme, by_name: bool, selection: Selection,
             revert(module)
     if not is_converted(module):
         scheme = scheme.adapted_to(module, pretrained)
-        _warn(convert_module(module, scheme, selection).findings)
+        report = convert_module(module, scheme, selection)
+        for effect in report.effects:
+            rank_zero_info(f"lightning_lowbit: not followed: {effect}")
+        _warn(report.findings)
     switch_of(module).managed = True
     return scheme
 

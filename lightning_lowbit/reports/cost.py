@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
 
 from lightning_lowbit.export.record import in_evaluation
 from lightning_lowbit.modules.base import low_bit_modules
@@ -27,23 +28,20 @@ def layers_of(module: nn.Module) -> dict[str, LowBitLayer]:
 def sizes(module: nn.Module) -> dict[str, int]:
     """Bytes of what each module stores on a device, by path.
 
-    Weights and biases count with the bits of their codes, merged batch norms as the bias that they leave, everything
-    else as float32; steps and thresholds are not counted. A weight that several layers share counts once.
+    Weights and biases count with the bits that their quantizers store (``Quantizer.stored_bits``), merged batch norms
+    as the bias that they leave, everything else as float32; steps and thresholds are not counted. A weight that several
+    modules share counts once, with the bits of the one that needs most.
     """
     layers = layers_of(module)
     merged = {id(layer.norm) for layer in layers.values() if layer.norm is not None}
     seen: set[int] = set()
-    found = {}
-    for path, part in module.named_modules():
-        if isinstance(part, Quantizer) or id(part) in merged:
-            continue
-        if path in layers:
-            bits = _layer_bits(layers[path], seen)
-        else:
-            bits = _FLOAT * sum(tensor.numel() for tensor in _floats(part, seen))
-        if bits:
-            found[path] = -(-bits // 8)
-    return found
+    bits = {
+        path: _FLOAT * sum(tensor.numel() for tensor in _floats(part, seen)) for path, part in module.named_modules()
+        if path not in layers and not isinstance(part, Quantizer) and id(part) not in merged
+    }  # fmt: skip
+    widest = sorted(layers.items(), key=lambda item: -_bits(item[1].lowbit_weight))
+    bits |= {path: _layer_bits(layer, seen) for path, layer in widest}
+    return {path: -(-bits[path] // 8) for path, _ in module.named_modules() if bits.get(path)}
 
 
 def float_bytes(module: nn.Module) -> int:
@@ -62,7 +60,7 @@ def _layer_bits(layer: LowBitLayer, seen: set[int]) -> int:
 
 
 def _bits(quantizer: Quantizer | None) -> int:
-    return _FLOAT if quantizer is None or not quantizer.ready else quantizer.grid().bits
+    return _FLOAT if quantizer is None or not quantizer.ready else quantizer.stored_bits
 
 
 def _floats(part: nn.Module, seen: set[int]) -> Iterator[Tensor]:
@@ -100,7 +98,7 @@ def count_products(module: nn.Module, *arguments: Any) -> dict[str, int]:
         def hook(layer: Any, inputs: Any, output: Tensor) -> None:
             # A transposed layer multiplies every input by a weight's row, others every output by one.
             rows = inputs[0] if layer.out_axis == 1 else output
-            found[path] = found.get(path, 0) + rows.numel() // len(rows) * layer.weight[0].numel()
+            found[path] = found.get(path, 0) + rows.numel() * layer.weight[0].numel()
 
         return hook
 
@@ -111,4 +109,5 @@ def count_products(module: nn.Module, *arguments: Any) -> dict[str, int]:
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    samples = next(len(leaf) for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor))
+    return {path: count // samples for path, count in found.items()}  # a layer may see several rows of a sample

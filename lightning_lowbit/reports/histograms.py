@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["activation_histograms", "weight_histograms"]
+__all__ = ["activation_histograms", "rounding_activations", "weight_histograms"]
 
 _BINS = 80
 _MOST_LINES = 64  # codes that are drawn one by one
@@ -75,10 +75,9 @@ def activation_histograms(module: nn.Module, batches: Iterable[Any], sites: Sequ
     """
     wanted = {
         quantizer: _Values(f"{quantizer.site.path}.{quantizer.site.slot.removeprefix('lowbit_')}", Grid(8))
-        for _, quantizer in quantizers(module)
-        if quantizer.has_grid and quantizer.ready and _chosen(quantizer.site.path, sites)
-        and quantizer.site.role not in ("weight", "bias", "error", "weight_grad")
-    }  # fmt: skip
+        for quantizer in rounding_activations(module)
+        if _chosen(quantizer.site.path, sites)
+    }
 
     def watch(quantizer: Quantizer, given: tuple[Any, ...], settings: dict[str, Any]) -> None:
         rectify = settings.get("rectify", len(given) > 1 and given[1])
@@ -100,6 +99,16 @@ def activation_histograms(module: nn.Module, batches: Iterable[Any], sites: Sequ
     return _drawn([v for v in wanted.values() if v.parts], f"no quantized activation in {', '.join(sites)} ran")
 
 
+def rounding_activations(module: nn.Module) -> list[Quantizer]:
+    """The quantizers whose tensors `activation_histograms` can show."""
+    return [
+        quantizer
+        for _, quantizer in quantizers(module)
+        if quantizer.has_grid and quantizer.ready
+        and quantizer.site.role not in ("weight", "bias", "error", "weight_grad")
+    ]  # fmt: skip
+
+
 def _chosen(path: str, sites: Sequence[str]) -> bool:
     return any(fnmatchcase(path, pattern) for pattern in sites)
 
@@ -117,7 +126,7 @@ def _drawn(found: Sequence[_Values], missing: str) -> Figure:
         raise ConfigError(f"histograms: {missing}. Calibrate the network, or give other globs of module paths.")
     across = min(_ACROSS, len(found))
     down = math.ceil(len(found) / across)
-    figure = new_figure(1.9 * down)
+    figure = new_figure(2.1 * down)
     for number, values in enumerate(found):
         axes = figure.add_subplot(down, across, number + 1)
         axes.spines[["top", "right", "left"]].set_visible(False)
@@ -126,6 +135,7 @@ def _drawn(found: Sequence[_Values], missing: str) -> Figure:
         axes.set_xlabel(literal(str(values.grid)), fontsize="x-small")
         axes.set_yticks([])
         axes.tick_params(labelsize="x-small")
+        axes.locator_params(axis="x", nbins=4)
     return figure
 
 

@@ -15,7 +15,7 @@ from lightning_lowbit.export.program import write_atomically
 from lightning_lowbit.modules.base import LowBitModule, Tally, low_bit_modules
 from lightning_lowbit.modules.layers import LowBitLayer
 from lightning_lowbit.reports import page
-from lightning_lowbit.reports.histograms import activation_histograms, weight_histograms
+from lightning_lowbit.reports.histograms import activation_histograms, rounding_activations, weight_histograms
 from lightning_lowbit.reports.plots import (
     Log,
     Point,
@@ -41,7 +41,7 @@ __all__ = ["html_report"]
 _TRACES = (
     (saturation_over_time, "saturation", "Saturated values over time"),
     (exponent_traces, "exponent", "Exponents over time"),
-    (threshold_traces, "log2_t", "Thresholds over time; a line where the exponent changes"),
+    (threshold_traces, "log2_t", "Thresholds and clips over time; lines at powers of two"),
 )
 
 
@@ -59,6 +59,7 @@ def html_report(
     program: IntegerProgram | None = None,
     figures: Mapping[str, Figure] | None = None,
     plots: bool = True,
+    left_out: Mapping[str, str] | None = None,
 ) -> Path:
     """Write what is known of a converted network as one HTML file without scripts, links or anything to load.
 
@@ -78,6 +79,7 @@ def html_report(
         program: what it lowers to.
         figures: further plots by caption.
         plots: False draws none, and needs no matplotlib.
+        left_out: what the page might have shown and does not, and why.
     Returns:
         the path.
     Raises:
@@ -102,6 +104,7 @@ def html_report(
             "Plots", [page.figure(plot, caption, n) for n, (caption, plot) in enumerate(drawn.items(), start=1)]
         ),
         page.section("Integer program", [page.preformatted(str(program.summary()))] if program is not None else []),
+        page.section("Not on this page", [page.listed(f"{name}: {why}" for name, why in (left_out or {}).items())]),
     ]
     content = page.page(title or f"{type(module).__name__}, {scheme}", [part for part in parts if part])
     write_atomically(path, content.encode())
@@ -111,9 +114,9 @@ def html_report(
 def _layers(report: Summary) -> list[str]:
     """A line a layer, and folded away a line a tensor."""
     lines = page.table(
-        ("site", "pattern", "grid", "saturation", "exact"),
+        LAYERS.names,
         [line.cells() for line in report.lines],
-        right=("saturation",),
+        right=LAYERS.right,
         warned=[n for n, line in enumerate(report.lines) if line.exact is False],
     )
     widths = report.widths()
@@ -150,8 +153,8 @@ def _drawn(
     weights = [part.lowbit_weight for part in low.values() if isinstance(part, LowBitLayer)]
     if any(weight is not None and weight.ready for weight in weights):
         wanted["Weights before rounding, and their grids"] = partial(weight_histograms, module)
-        if batches is not None:
-            wanted["Activations before rounding, and their grids"] = partial(activation_histograms, module, batches)
+    if batches is not None and rounding_activations(module):
+        wanted["Activations before rounding, and their grids"] = partial(activation_histograms, module, batches)
     if sensitivity is not None and heights(sensitivity, sensitivity.metric):
         wanted["Sensitivity of the layers"] = partial(sensitivity_bars, sensitivity, sensitivity.metric)
     for draw, metric, caption in _TRACES:

@@ -28,10 +28,17 @@ th, td { text-align: left; padding: .2rem .9rem .2rem 0; border-bottom: 1px soli
 th.number, td.number { text-align: right }
 tr.warn td { color: var(--warn); font-weight: 600 }
 pre { background: var(--soft); padding: .8rem; overflow-x: auto; font-size: .8rem }
-figure { margin: 1.2rem 0 } figcaption { font-size: .87rem }
-svg { max-width: 100%; height: auto; fill: currentColor }
-summary { cursor: pointer }
-@media print { body { max-width: none } details { display: block } }
+figure { margin: 1.6rem 0; overflow-x: auto } figcaption { font-weight: 600; position: sticky; left: 0 }
+svg { width: 100%; min-width: 38rem; height: auto; fill: currentColor }
+summary { cursor: pointer; margin: .5rem 0 }
+@media print {
+  body { max-width: none; margin: 0; padding: 0 }
+  .scroll, figure { overflow: visible } pre { overflow: visible; white-space: pre-wrap; font-size: .6rem }
+  th, td { white-space: normal } table { font-size: .75rem }
+  tr, figure { break-inside: avoid } h2, figcaption { break-after: avoid }
+  svg { min-width: 0; max-height: 22cm }
+  details::details-content { content-visibility: visible; height: auto }
+}
 """
 
 
@@ -128,7 +135,7 @@ def figure(plot: Figure, caption: str, number: int) -> str:
         number: of the plot in the page, so that no two elements have one name.
     """
     svg = _svg(plot, f"plot{number}-").replace("<svg ", f'<svg role="img" aria-label="{escape(caption)}" ', 1)
-    return f"<figure>\n{svg}\n<figcaption>{escape(caption)}</figcaption>\n</figure>"
+    return f"<figure>\n<figcaption>{escape(caption)}</figcaption>\n{svg}\n</figure>"
 
 
 def _svg(plot: Figure, prefix: str) -> str:

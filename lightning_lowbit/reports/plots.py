@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,9 +26,11 @@ __all__ = [
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Told apart by color-blind readers, on white and on black (Okabe and Ito)."""
 
+_MARKERS = "osD^"
 _DASHES = ("-", "--", ":", "-.")
 _WIDTH = 8.0  # inches
 _MOST_TRACES = 24
+_LETTERS = 120  # in a line of a legend
 
 Log = Sequence[Mapping[str, float]]
 """Logged values, a mapping per moment: "step", and names such as "lowbit/conv1.weight/saturation"."""
@@ -61,7 +64,7 @@ def new_figure(height: float, width: float = _WIDTH) -> Figure:
     except ImportError as error:
         raise ConfigError(
             "plots: matplotlib is not installed. Install the extra: pip install 'lightning-lowbit[report]', or leave "
-            "the plots out of a report with plots=False."
+            "the plots out of a report: plots=False, report --no_plots."
         ) from error
     return Figure(figsize=(width, height), layout="constrained")
 
@@ -123,18 +126,22 @@ def exponent_traces(log: Log) -> Figure:
 
 
 def threshold_traces(log: Log) -> Figure:
-    """log2 of trained thresholds over time; horizontal lines are where the exponent changes."""
+    """log2 of moving thresholds and clips over time, with a line at every power of two: TQT's steps change there."""
     figure, axes = _traces(log, "log2_t", "log2 of the threshold")
-    low, high = axes.get_ylim()
+    values = [value for _, found in traced(log, "log2_t").values() for value in found if math.isfinite(value)]
+    low, high = math.floor(min(values, default=0.0)), math.ceil(max(values, default=0.0))
     if high - low <= 32:
-        for level in range(math.ceil(low), math.floor(high) + 1):
+        axes.set_ylim(low - 0.1, high + 0.1)
+        for level in range(low, high + 1):
             axes.axhline(level, color="#888888", linewidth=0.5, zorder=0)
     return figure
 
 
 def saturation_over_time(log: Log) -> Figure:
     """Share of saturated values of every tensor over time, in percent."""
-    return _traces(log, "saturation", "saturated values (%)", scale=100.0)[0]
+    figure, axes = _traces(log, "saturation", "saturated values (%)", scale=100.0)
+    axes.set_ylim(0.0, max(1.0, axes.get_ylim()[1]))  # of a share in a million no mountain is made
+    return figure
 
 
 def _traces(log: Log, metric: str, label: str, scale: float = 1.0, **style: Any) -> tuple[Figure, Axes]:
@@ -144,19 +151,26 @@ def _traces(log: Log, metric: str, label: str, scale: float = 1.0, **style: Any)
             f"plots: got a log of {len(log)} moments without any 'lowbit/SITE/{metric}'. Log them in training, or give "
             "the rows of another run."
         )
+    lines: dict[tuple[tuple[float, ...], ...], list[str]] = {}  # those that would lie on each other are one
+    for site, (steps, values) in found.items():
+        lines.setdefault((tuple(steps), tuple(values)), []).append(site)
     # Those that move most are what a reader looks for.
-    shown = sorted(found, key=lambda site: max(found[site][1]) - min(found[site][1]), reverse=True)[:_MOST_TRACES]
-    figure = new_figure(3.0 + 0.1 * len(shown))
+    shown = sorted(lines, key=lambda line: max(line[1]) - min(line[1]), reverse=True)[:_MOST_TRACES]
+    words = [textwrap.fill(", ".join(map(literal, lines[line])), _LETTERS) for line in lines if line in shown]
+    across = max(1, min(4, _LETTERS // (8 + max(len(row) for name in words for row in name.splitlines()))))
+    rows = sum(name.count("\n") + 1 for name in words) / across
+    figure = new_figure(3.2 + 0.16 * math.ceil(rows))
     axes = plain_axes(figure)
-    for number, site in enumerate(site for site in found if site in shown):
-        steps, values = found[site]
+    for number, line in enumerate(line for line in lines if line in shown):
         dashes = _DASHES[number // len(COLORS) % len(_DASHES)]
-        scaled = [scale * value for value in values]
-        axes.plot(steps, scaled, dashes, color=COLORS[number % len(COLORS)], label=literal(site), **style)
+        scaled = [scale * value for value in line[1]]
+        axes.plot(line[0], scaled, dashes, color=COLORS[number % len(COLORS)], label=words[number], **style)
     axes.set(xlabel="step", ylabel=label)
-    axes.legend(fontsize="x-small", ncols=2, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    if len(shown) < len(found):
-        axes.set_title(f"the {len(shown)} of {len(found)} tensors that move most", fontsize="small")
+    axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]  # a MaxNLocator, on linear axes
+    figure.legend(fontsize="x-small", ncols=across, frameon=False, loc="outside lower left")
+    drawn = sum(len(lines[line]) for line in shown)
+    if drawn < len(found):
+        axes.set_title(f"the {drawn} of {len(found)} tensors that move most", fontsize="small")
     return figure, axes
 
 
@@ -197,11 +211,11 @@ def sensitivity_bars(found: Sensitivity, metric: str = "sqnr") -> Figure:
     whole = _height(found.whole.value(metric), metric)
     if whole is not None:
         axes.axvline(whole, color=COLORS[1], linestyle="--", label="all quantized")
-        axes.legend(fontsize="small", frameon=False)
+        axes.legend(fontsize="small", frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.0)
     axes.invert_yaxis()
     axes.set_xlabel(labels[metric])
     what = "only this layer is quantized" if found.mode == "one" else "all but this layer are quantized"
-    axes.set_title(what, fontsize="small")
+    axes.set_title(what, fontsize="small", loc="left")
     return figure
 
 
@@ -227,11 +241,11 @@ def accuracy_against_size(points: Sequence[Point]) -> Figure:
     figure = new_figure(4.0)
     axes = plain_axes(figure)
     for number, point in enumerate(points):
-        color, kib = COLORS[number % len(COLORS)], point.size / 1024
-        filled = color if point.exact else "none"
-        axes.plot(kib, 100 * point.accuracy, "o", markersize=9, color=color, markerfacecolor=filled)
-        place = {"xytext": (7, 5), "textcoords": "offset points", "fontsize": "small"}
-        axes.annotate(literal(point.scheme), (kib, 100 * point.accuracy), **place)  # type: ignore[arg-type]  # a dict
+        color, marker = COLORS[number % len(COLORS)], _MARKERS[number // len(COLORS) % len(_MARKERS)]
+        filled, place = color if point.exact else "none", (point.size / 1024, 100 * point.accuracy)
+        axes.plot(*place, marker, markersize=9, color=color, markerfacecolor=filled, label=literal(point.scheme))
+    # Not beside the points: networks of one size and accuracy would hide each other's names.
+    figure.legend(fontsize="small", frameon=False, loc="outside right center")
     axes.margins(0.15)
     axes.set(xlabel="stored parameters (KiB)", ylabel="accuracy (%)")
     axes.set_title("filled: the device computes the same integers", fontsize="small")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
@@ -25,7 +25,9 @@ from lightning_lowbit.modules.quantizer import Quantizer
 from lightning_lowbit.reports.effects import METRICS, Effect, Measure
 from lightning_lowbit.reports.table import Columns, show, text
 
-__all__ = ["COLUMNS", "METRICS", "Choice", "Row", "Sensitivity", "sensitivity", "split", "unchanged"]
+__all__ = [
+    "COLUMNS", "METRICS", "Choice", "Row", "Sensitivity", "measured", "sensitivity", "split", "switchable", "unchanged",
+]  # fmt: skip
 
 Choice = Literal["one", "all_but_one"]
 _WHOLE = "all of them"
@@ -178,30 +180,47 @@ def sensitivity(
     """
     _require_choices(mode, metrics)
     groups = _groups(module)
-    if isinstance(batches, Tensor):
-        batches = [batches]
     every = {q for _, quantized in groups.values() for q in quantized}
-    whole = Measure(metrics)
-    measures = {site: Measure(metrics) for site in groups}
-    runs = [(every, whole)]
-    for site, (_, own) in groups.items():
-        runs.append((set(own) if mode == "one" else every - set(own), measures[site]))
-    with unchanged(module), in_evaluation(module), torch.no_grad():
-        for number, batch in enumerate(batches):
-            arguments, labels = split(module, batch, number)
-            labels = labels if target is None else target(batch)
-            with _only(module, set(), every):
-                reference = _run(module, arguments)
-            for on, measure in runs:
-                with _only(module, on, every):
-                    measure.add(reference, _run(module, arguments), labels)
-    if not whole.samples:
-        raise ConfigError("sensitivity: got no batch, expected at least one. Give a loader, or a list of tensors.")
+    runs = {site: set(own) if mode == "one" else every - set(own) for site, (_, own) in groups.items()}
+    measures = measured(module, batches, {_WHOLE: every, **runs}, metrics, target)
     rows = [
         Row(site, pattern, tuple(q.site.key for q in own), measures[site].effect())
         for site, (pattern, own) in groups.items()
     ]
+    whole = measures[_WHOLE]
     return Sensitivity(mode, whole.samples, tuple(rows), whole.effect(), whole.accuracy, tuple(_left(module)))
+
+
+def measured(
+    module: nn.Module,
+    batches: Iterable[Any],
+    runs: Mapping[str, set[Quantizer]],
+    metrics: Sequence[str] = METRICS,
+    target: Callable[[Any], Tensor] | None = None,
+) -> dict[str, Measure]:
+    """What sets of quantizers do to the outputs, each compared with the network without any.
+
+    Args:
+        module, batches, metrics, target: as `sensitivity` takes them.
+        runs: the quantizers that are on, by name; of those of `switchable`.
+    Raises:
+        ConfigError: no batch.
+    """
+    every = switchable(module)
+    found = {name: Measure(metrics) for name in runs}
+    number = -1
+    with unchanged(module), in_evaluation(module), torch.no_grad():
+        for number, batch in enumerate([batches] if isinstance(batches, Tensor) else batches):
+            arguments, labels = split(module, batch, number)
+            labels = labels if target is None else target(batch)
+            with _only(module, set(), every):
+                reference = _run(module, arguments)
+            for name, on in runs.items():
+                with _only(module, on, every):
+                    found[name].add(reference, _run(module, arguments), labels)
+    if number < 0:
+        raise ConfigError("sensitivity: got no batch, expected at least one. Give a loader, or a list of tensors.")
+    return found
 
 
 def _require_choices(mode: str, metrics: Sequence[str]) -> None:
@@ -215,11 +234,14 @@ def _require_choices(mode: str, metrics: Sequence[str]) -> None:
 
 
 # -- which quantizers belong together ------------------------------------------------------------------------
-def _groups(module: nn.Module) -> dict[str, tuple[str, list[Quantizer]]]:
-    """Site -> pattern and quantizers, layers first in module order, then operations."""
+def switchable(module: nn.Module) -> set[Quantizer]:
+    """The quantizers that evaluation goes through, and that can be left out.
+
+    Raises:
+        ConfigError, UnsupportedModelError: as `sensitivity` says.
+    """
     switch = switch_of(module)
-    low = dict(low_bit_modules(module))
-    scheme = next(iter(low.values())).scheme
+    scheme = next(low.scheme for _, low in low_bit_modules(module))
     if scheme.carries_errors:
         raise UnsupportedModelError(
             f"sensitivity: {type(module).__name__} was converted with scheme {scheme.name}, whose parameters are "
@@ -232,6 +254,12 @@ def _groups(module: nn.Module) -> dict[str, tuple[str, list[Quantizer]]]:
             f"sensitivity: {type(module).__name__} is not calibrated. Run convert(module, scheme, example_input=batch) "
             "first, or validate it with QuantCallback()."
         )
+    return active
+
+
+def _groups(module: nn.Module) -> dict[str, tuple[str, list[Quantizer]]]:
+    """Site -> pattern and quantizers, layers first in module order, then operations."""
+    active, low = switchable(module), dict(low_bit_modules(module))
     found: dict[str, tuple[str, list[Quantizer]]] = {}
     taken: set[Quantizer] = set()
 

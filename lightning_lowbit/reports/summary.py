@@ -20,6 +20,7 @@ from lightning_lowbit.modules.layers import LowBitLayer
 from lightning_lowbit.modules.quantizer import Quantizer
 from lightning_lowbit.numerics.widths import ACCUMULATOR_BITS, Format, accumulator_bits, bits_of_sum
 from lightning_lowbit.reports.cost import float_bytes, product_kind, sizes
+from lightning_lowbit.reports.repeats import differs
 from lightning_lowbit.reports.table import Line, show, text
 from lightning_lowbit.reports.widths import Row, Widths
 
@@ -158,10 +159,10 @@ def claims(module: nn.Module, report: Summary) -> list[str]:
         for part in low
     )
     if norms:
-        reasons.append(f"{norms} float batch norms between integer sums")
+        reasons.append(f"{norms} float batch norm{'s' * (norms != 1)} between integer sums")
     kept = sum(isinstance(part, _BatchNorm) and not isinstance(part, LowBitModule) for part in module.modules())
     if kept:
-        reasons.append(f"{kept} float batch norms")
+        reasons.append(f"{kept} float batch norm{'s' * (kept != 1)}")
     rectifiers = sum(
         isinstance(q, Quantizer) and not (q.has_grid or q.site.role in ("unit", "error") or hasattr(q, "formats"))
         for q in module.modules()
@@ -174,13 +175,9 @@ def claims(module: nn.Module, report: Summary) -> list[str]:
 
 def _identical(module: nn.Module) -> str:
     """Whether training gives the same bits anywhere: integers throughout, and norms whose sums are integers."""
-    conversion = switch_of(module).conversion
-    if not all(low.scheme.carries_errors for _, low in low_bit_modules(module)):
-        return "no: gradients are float"
-    islands = [*conversion.skipped, *(path for paths in conversion.float_by_nature.values() for path in paths)]
-    islands += conversion.uncovered
-    if islands:
-        return f"no: {len(islands)} float island{'s' * (len(islands) > 1)}, {islands[0]} first"
+    why = differs(module)
+    if why:
+        return f"no: {why}"
     norms = sum(1 for _, low in low_bit_modules(module) if getattr(low, "island", False))
     return "yes" + (f", with {norms} batch norms as islands between integers" if norms else "")
 

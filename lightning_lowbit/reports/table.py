@@ -5,16 +5,20 @@ from __future__ import annotations
 import re
 import shutil
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
-__all__ = ["LAYERS", "STAGES", "Columns", "Line", "Printable", "cells", "metric_lines", "show", "text"]
+__all__ = [
+    "LAYERS", "STAGES", "Columns", "Line", "Printable", "cells", "metric_lines", "setbacks", "show", "text",
+    "wrapped",
+]  # fmt: skip
 
 STAGES = ("float", "calibrated", "trained")
 """Whose metrics are compared: before quantization, right after calibration, after the last validation."""
 
 _GAP = 2
+_SETBACK = 0.02  # of an accuracy between calibration and the end of training that is said
 
 
 @dataclass(frozen=True)
@@ -23,11 +27,13 @@ class Columns:
 
     Attributes:
         names: of all columns.
-        kept: how many of the first ones stay; of the others, those without any entry are left out.
-        shortest: what columns may shrink to, in the order in which they do: the first at its beginning (the end tells
-            modules apart), others at their end.
+        kept: how many of the first ones stay without any entry, which leaves others out.
+        shortest: what columns of names may shrink to, in the order in which they do; nothing else is ever cut. Entries
+            of the first one stay distinct, whatever width that takes.
         right: names of the columns whose entries end in line.
         mark: what the last entry of a line ends with that is to be seen.
+        least: columns that go to the notes where shortening does not do, in that order, with a heading there.
+        begins: whether the first column keeps its beginnings; the ends tell modules apart.
     """
 
     names: tuple[str, ...]
@@ -35,14 +41,17 @@ class Columns:
     shortest: Mapping[int, int]
     right: frozenset[str]
     mark: str
+    least: Mapping[str, str] = field(default_factory=dict)
+    begins: bool = False
 
 
 LAYERS = Columns(
     ("site", "pattern", "grid", "mac", "bytes", "saturated", ""),
     kept=3,
-    shortest={1: 8, 0: 14},  # a grid is never cut
+    shortest={1: 8, 0: 14},
     right=frozenset({"bytes", "saturated"}),
     mark="not exact",
+    least={"pattern": "pattern", "": "", "mac": "mac", "bytes": "bytes", "saturated": "saturated"},
 )
 
 
@@ -85,26 +94,17 @@ class Line:
 
 
 def cells(lines: Iterable[Printable], width: int | None = None, columns: Columns = LAYERS) -> list[tuple[str, ...]]:
-    """Header and rows as text, at most ``width`` columns wide where shortening can do it."""
-    rows = [columns.names, *(line.cells() for line in lines)]
-    kept = [i for i in range(len(columns.names)) if i < columns.kept or any(row[i] for row in rows[1:])]
-    rows = [tuple(row[i] for i in kept) for row in rows]
-    for column, shortest in columns.shortest.items():
-        excess = sum(_widths(rows)) + _GAP * (len(kept) - 1) - (_columns() if width is None else width)
-        if excess > 0:
-            limit = max(shortest, _widths(rows)[column] - excess)
-            rows = [
-                tuple(_short(c, limit, column == 0) if i == column else c for i, c in enumerate(row)) for row in rows
-            ]
-    return rows
+    """Header and rows as text, at most ``width`` columns wide where names can be shortened and columns left out."""
+    return _fitted([line.cells() for line in lines], width, columns)[0]
 
 
 def text(lines: Iterable[Printable], notes: Iterable[str], width: int | None = None, columns: Columns = LAYERS) -> str:
     """Table and notes as plain text."""
-    rows = _aligned(cells(lines, width, columns), columns)
+    rows, moved = _fitted([line.cells() for line in lines], width, columns)
+    head, *table = _aligned(rows, columns)
     rule = (" " * _GAP).join("-" * w for w in _widths(rows))
-    head, *table = [(" " * _GAP).join(row).rstrip() for row in rows]
-    return "\n".join([head, rule, *table, "", *_wrapped(notes, width)])
+    below = wrapped([*moved, *notes], width)
+    return "\n".join([head, rule, *table, *([""] if below else []), *below])
 
 
 def metric_lines(metrics: Mapping[str, Mapping[str, float]]) -> list[str]:
@@ -134,53 +134,147 @@ def show(
 ) -> None:
     """Print table, notes and metrics; with color where rich is installed."""
     try:
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
+        from rich import console
     except ImportError:
-        print("", text(lines, notes, columns=columns), "", *metric_lines(metrics), sep="\n")
+        print("", text(lines, notes, columns=columns), *(["", *metric_lines(metrics)] if metrics else []), sep="\n")
         return
-    console = Console()
-    rows = _aligned(cells(lines, console.width, columns), columns)
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, _GAP - 1, 0, 0))
-    for name in rows[0]:
-        table.add_column(name, no_wrap=True, overflow="ignore")
-    for row in rows[1:]:
-        table.add_row(*row, style="yellow" if row[-1].rstrip().endswith(columns.mark) else None)
-    console.print()
-    console.print(table)
-    for line in ("", *_wrapped(notes, console.width), "", *metric_lines(metrics)):
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    screen = console.Console()
+    given = [line.cells() for line in lines]
+    rows, moved = _fitted(given, screen.width, columns)
+    head, *table = _aligned(rows, columns)
+    # Not rich's table: it cuts what is wider than the terminal, figures too, and leaves no sign.
+    styled = [("", None), (head, "bold"), ("─" * _total(rows), None)]
+    styled += [
+        (line, "yellow" if row[-1].endswith(columns.mark) else None) for line, row in zip(table, given, strict=True)
+    ]
+    below = wrapped([*moved, *notes], screen.width)
+    plain = [*([""] if below else []), *below, *(["", *metric_lines(metrics)] if metrics else [])]
+    for line, style in [*styled, *((line, None) for line in plain)]:
+        screen.print(line, style=style, highlight=False, soft_wrap=True, markup=False)
+
+
+def setbacks(metrics: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """What to say where training lost accuracy that the calibrated network has: a sentence a metric.
+
+    Args:
+        metrics: by stage, as fractions of 1 or in percent.
+
+    >>> setbacks({"calibrated": {"acc": 0.96, "loss": 0.1}, "trained": {"acc": 0.95, "loss": 1.0}})
+    []
+    >>> setbacks({"calibrated": {"acc": 0.96}, "trained": {"acc": 0.16}})[0].partition(". ")[0]
+    'acc: trained is 80.00 points below calibrated'
+    """
+    calibrated, trained = metrics.get("calibrated", {}), metrics.get("trained", {})
+    found = []
+    for name in sorted(calibrated.keys() & trained.keys()):
+        unit = 1 if max(calibrated[name], trained[name]) <= 1 else 100
+        lost = (calibrated[name] - trained[name]) / unit
+        if _is_accuracy(name) and lost > _SETBACK:
+            found.append(
+                f"{name}: trained is {100 * lost:.2f} points below calibrated. Lower the learning rate (a tenth of the "
+                "float one or less), freeze batch norms later (freeze_batch_norm), or keep the calibrated network. The "
+                "order of steps: docs/fine_tuning.md, 9"
+            )
+    return found
+
+
+def wrapped(notes: Iterable[str], width: int | None = None) -> list[str]:
+    """Lines of at most ``width`` columns, the terminal's without; what goes on is indented."""
+    columns = max(40, _columns() if width is None else width)
+    return [
+        line for note in notes for line in textwrap.wrap(note, columns, subsequent_indent="  ", break_long_words=False)
+    ]
+
+
+def _fitted(
+    given: Sequence[tuple[str, ...]], width: int | None, columns: Columns
+) -> tuple[list[tuple[str, ...]], list[str]]:
+    """Header and rows that fit, and notes of what had no room."""
+    width = _columns() if width is None else width
+    kept = [i for i in range(len(columns.names)) if i < columns.kept or any(row[i] for row in given)]
+    least = [columns.names.index(name) for name in columns.least]
+    gone: list[int] = []
+    while True:
+        rows = _shrunk([columns.names, *given], kept, width, columns)
+        going = next((i for i in least if i in kept), None)
+        if going is None or _total(rows) <= width:
+            return rows, [note for i in gone for note in _moved(given, i, columns)]
+        kept.remove(going)
+        gone.append(going)
+
+
+def _shrunk(
+    rows: Sequence[tuple[str, ...]], kept: Sequence[int], width: int, columns: Columns
+) -> list[tuple[str, ...]]:
+    """The kept columns, those of names as short as they must be."""
+    table = [[row[i] for i in kept] for row in rows]
+    for column, shortest in columns.shortest.items():
+        excess = _total(table) - width
+        if column not in kept or excess <= 0:
+            continue
+        place = kept.index(column)
+        names = [row[place] for row in table]
+        limit = max(shortest, max(map(len, names)) - excess)
+        short = _distinct(names, limit, columns.begins) if column == 0 else [_begin(name, limit) for name in names]
+        for row, name in zip(table, short, strict=True):
+            row[place] = name
+    return [tuple(row) for row in table]
+
+
+def _distinct(names: Sequence[str], limit: int, begins: bool) -> list[str]:
+    """Names of at most ``limit`` characters, or of as many as keep different names different."""
+    cuts: tuple[Callable[[str, int], str], ...] = (_begin if begins else _end, _both)
+    for longer in range(limit, max(map(len, names))):
+        for cut in cuts:
+            short = [cut(name, longer) for name in names]
+            if len(set(short)) == len(set(names)):
+                return short
+    return list(names)
+
+
+def _begin(name: str, limit: int) -> str:
+    return name if len(name) <= limit else f"{name[: limit - 1]}…"
+
+
+def _end(name: str, limit: int) -> str:
+    return name if len(name) <= limit else f"…{name[1 - limit :]}"
+
+
+def _both(name: str, limit: int) -> str:
+    front = limit // 2
+    return name if len(name) <= limit else f"{name[:front]}…{name[front + 1 - limit :]}"
+
+
+def _moved(given: Sequence[tuple[str, ...]], column: int, columns: Columns) -> list[str]:
+    """A column as a note: each of its entries with the rows that have it."""
+    rows: dict[str, list[str]] = {}
+    for row in given:
+        if row[column]:
+            rows.setdefault(row[column], []).append(row[0])
+    heading = columns.least[columns.names[column]]
+    return ["; ".join(f"{heading} {entry}: {', '.join(names)}".lstrip() for entry, names in rows.items())]
 
 
 def _columns() -> int:
     return shutil.get_terminal_size().columns
 
 
-def _widths(rows: Sequence[tuple[str, ...]]) -> list[int]:
+def _widths(rows: Sequence[Sequence[str]]) -> list[int]:
     return [max(map(len, column)) for column in zip(*rows, strict=True)]
 
 
-def _aligned(rows: Sequence[tuple[str, ...]], columns: Columns) -> list[tuple[str, ...]]:
+def _total(rows: Sequence[Sequence[str]]) -> int:
+    return sum(_widths(rows)) + _GAP * (len(rows[0]) - 1)
+
+
+def _aligned(rows: Sequence[tuple[str, ...]], columns: Columns) -> list[str]:
+    """A line a row, its entries below one another."""
     widths, right = _widths(rows), [name in columns.right for name in rows[0]]
-    return [tuple(map(_padded, row, widths, right)) for row in rows]
+    return [(" " * _GAP).join(map(_padded, row, widths, right)).rstrip() for row in rows]
 
 
 def _padded(cell: str, width: int, right: bool) -> str:
     return cell.rjust(width) if right else cell.ljust(width)
-
-
-def _short(cell: str, limit: int, keep_end: bool) -> str:
-    if len(cell) <= limit:
-        return cell
-    return f"…{cell[1 - limit :]}" if keep_end else f"{cell[: limit - 1]}…"
-
-
-def _wrapped(notes: Iterable[str], width: int | None) -> list[str]:
-    columns = max(40, _columns() if width is None else width)
-    return [
-        line for note in notes for line in textwrap.wrap(note, columns, subsequent_indent="  ", break_long_words=False)
-    ]
 
 
 def _is_accuracy(name: str) -> bool:

@@ -378,7 +378,7 @@ def on_two_ranks(folder: Path) -> None:
 
 
 def test_processes_count_together(tmp_path: Path) -> None:
-    run_script(Path(__file__), tmp_path)
+    run_script(Path(__file__), tmp_path, ranks=2)
     (step, values, a), (other_step, other_values, b) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert step == other_step == 2
     assert values == other_values

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import logging
+import math
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -167,7 +168,11 @@ def test_training_is_the_same_with_and_without(tmp_path: Path, scheme: str, capl
     assert watched.generators == plain.generators
     found = {metric for row in monitor.values.values() for metric in row}
     signs = {"sqnr", "dead_bits", "exponent", "drift"} if scheme == "bnn" else set()
-    assert found == set(METRICS) - signs - ({"threshold_grad"} if scheme != "tqt" else set())
+    untrained = set() if scheme == "tqt" else {"threshold_grad"}
+    untrained |= set() if scheme in ("f8net", "jacinto", "tqt") else {"log2_t"}
+    assert found == set(METRICS) - signs - untrained
+    if scheme not in ("bnn", "bnn ends"):
+        assert all("exponent" in row for row in monitor.values.values())
     assert all("flips" in row for name, row in monitor.values.items() if name.endswith(".weight"))
     assert {f"lowbit/{name}/{metric}" for name, row in monitor.values.items() for metric in row} <= {
         *run.callback_metrics
@@ -181,6 +186,24 @@ def test_training_is_the_same_with_and_without(tmp_path: Path, scheme: str, capl
         assert told[0].endswith("holds the codes) for body.conv1.weight, body.conv2.weight, body.fc.weight.")
         assert monitor.values["body.conv1.accumulator"].keys() == {"saturation", "dead_bits", "exponent", "drift"}
         assert monitor.values["body.conv1.input"]["sqnr"] > 35
+
+
+def test_thresholds_are_those_that_training_moves(tmp_path: Path) -> None:
+    found: dict[str, Any] = {}
+    for scheme in ("tqt", "f8net", "jacinto"):
+        monitor = QuantMonitor(STEPS, metrics=["log2_t", "exponent"])
+        _, module = fit(tmp_path, QuantCallback(scheme, start=0, evaluate=False), monitor)
+        found[scheme] = monitor.values, module.body
+    rows, body = found["tqt"]
+    assert rows[SITE]["log2_t"] == pytest.approx(float(body.relu1.lowbit_output.log2_t.detach()))
+    rows, body = found["jacinto"]
+    clips = body.relu1.lowbit_output.clips
+    assert rows[SITE]["log2_t"] == pytest.approx(float(clips.max().log2()))
+    assert math.ceil(rows[SITE]["log2_t"]) - 8 == rows[SITE]["exponent"]  # unsigned codes of eight bits
+    rows, body = found["f8net"]
+    alpha = float(body.conv2.lowbit_input.alpha.detach())
+    assert rows["body.conv2.input"]["log2_t"] == pytest.approx(math.log2(abs(alpha)))
+    assert "log2_t" not in rows["body.conv1.input"]  # pixels are not clipped
 
 
 def test_flips_of_signs_are_those_of_the_latents(tmp_path: Path) -> None:
@@ -349,7 +372,7 @@ def on_two_ranks(folder: Path) -> None:
 
 
 def test_processes_count_together(tmp_path: Path) -> None:
-    run_script(Path(__file__), tmp_path)
+    run_script(Path(__file__), tmp_path, ranks=2)
     a, b = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert a[:2] == b[:2]
     ((x0, y0),), ((x1, y1),) = a[2][3], b[2][3]

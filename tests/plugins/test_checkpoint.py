@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
-import sys
 import textwrap
 import warnings
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from launch import run_code
 from plugins.lifecycle_nets import (
     NAMESPACES,
     QUIET,
@@ -46,9 +45,17 @@ def saver(folder: Path, namespace: str = NAMESPACES[0], **options: Any) -> Any:
     return pl.callbacks.ModelCheckpoint(folder, "best", monitor="val_loss", **options)
 
 
-@pytest.mark.parametrize("namespace", NAMESPACES)
-@pytest.mark.parametrize("weights_only", [False, True], ids=["whole", "save_weights_only"])
-@pytest.mark.parametrize("built", ["init", "setup", "configure_model"])
+# How a network is built, what a file holds, and the namespace: every pair of the three occurs.
+WAYS = [
+    pytest.param(built, weights_only, NAMESPACES[other], id=f"{built}-{'weights' if weights_only else 'whole'}-{other}")
+    for built, weights_only, other in (
+        ("init", False, 0), ("init", True, 1), ("configure_model", False, 1), ("configure_model", True, 0),
+        ("setup", False, 0), ("setup", True, 1),
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("built", "weights_only", "namespace"), WAYS)
 def test_a_checkpoint_serves_test_best_and_a_fresh_trainer(
     tmp_path: Path, namespace: str, weights_only: bool, built: str
 ) -> None:
@@ -74,9 +81,6 @@ def test_predict_in_a_fresh_process_equals(tmp_path: Path) -> None:
     trainer(tmp_path, QuantCallback(start=0), saver(tmp_path)).fit(net, loader(), loader())
     expected = torch.cat(trainer(tmp_path, QuantCallback()).predict(net, loader(), ckpt_path=tmp_path / "best.ckpt"))
     script = f"""
-        import sys, warnings
-        warnings.simplefilter("ignore")
-        sys.path.insert(0, {str(Path(__file__).parents[1])!r})
         from pathlib import Path
         import torch
         torch.set_num_threads(1)
@@ -87,13 +91,11 @@ def test_predict_in_a_fresh_process_equals(tmp_path: Path) -> None:
         out = run.predict(seeded_net(seed=3), loader(), ckpt_path=folder / "best.ckpt")
         torch.save(torch.cat(out), folder / "out.pt")
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, timeout=120, capture_output=True)
+    run_code(textwrap.dedent(script))
     assert torch.equal(torch.load(tmp_path / "out.pt", weights_only=True), expected)
 
 
-@pytest.mark.parametrize("namespace", NAMESPACES)
-@pytest.mark.parametrize("weights_only", [False, True], ids=["whole", "save_weights_only"])
-@pytest.mark.parametrize("built", ["init", "configure_model"])
+@pytest.mark.parametrize(("built", "weights_only", "namespace"), WAYS[:4])
 def test_load_from_checkpoint_needs_no_callback(tmp_path: Path, namespace: str, weights_only: bool, built: str) -> None:
     net = seeded_net(namespace, built)
     trainer(

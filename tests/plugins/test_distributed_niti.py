@@ -25,7 +25,7 @@ Step = dict[str, list[int]]
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     """Every scenario's results by rank; one pair of processes for all of them."""
     folder = tmp_path_factory.mktemp("ddp")
-    run_script(SCRIPT, folder, 2)
+    run_script(SCRIPT, folder, 2, ranks=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 

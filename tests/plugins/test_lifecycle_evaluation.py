@@ -249,3 +249,27 @@ def test_metrics_name_float_calibrated_and_trained(tmp_path: Path) -> None:
     assert quantized(net)
     with float_mode(net):
         assert not quantized(net)
+
+
+@pytest.mark.parametrize(("start", "extra"), [("9 steps", 1), ("6 steps", 0)])
+def test_the_float_metrics_are_of_the_weights_that_are_calibrated(tmp_path: Path, start: str, extra: int) -> None:
+    """In mid-epoch the last validation was of older ones; at an epoch's end it is not repeated."""
+    plain, callback = seeded_net(), QuantCallback(start=start)
+    validations: list[str] = []
+    trainer(tmp_path, max_steps=int(start.split()[0])).fit(plain, loader(), loader())
+    (expected,) = trainer(tmp_path).validate(plain, loader(), verbose=False)
+    net = seeded_net()
+    net.on_validation_start = lambda: validations.append(start)
+    trainer(tmp_path, callback).fit(net, loader(), loader())
+    assert callback.metrics["float"] == expected
+    assert len(validations) == 3 + extra  # of two epochs, and the calibrated one
+
+
+def test_without_evaluate_there_is_no_validation_but_those_of_the_epochs(tmp_path: Path) -> None:
+    net = seeded_net()
+    validations: list[int] = []
+    net.on_validation_start = lambda: validations.append(1)
+    callback = QuantCallback(start="9 steps", evaluate=False)
+    trainer(tmp_path, callback).fit(net, loader(), loader())
+    assert len(validations) == 2
+    assert sorted(callback.metrics) == ["float", "trained"]

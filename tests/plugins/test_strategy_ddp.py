@@ -27,7 +27,7 @@ Ranks = list[dict[str, Any]]
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     """Every scenario's results by rank; one pair of processes for all of them."""
     folder = tmp_path_factory.mktemp("ddp")
-    run_script(SCRIPT, folder, timeout=120)
+    run_script(SCRIPT, folder, ranks=2, timeout=120)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -77,3 +78,29 @@ def test_the_table_has_them() -> None:
     assert line.bytes == 36
     assert report.size == 44 + 36 + 30 + 20
     assert f"{report.size} bytes of parameters, {report.size / report.float_size:.2f} of float32" in report.notes
+
+
+def test_a_table_that_an_embedding_and_a_head_share_is_stored_in_float() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(6, 10, bias=False)
+            self.table = nn.Embedding(10, 6)
+            self.head.weight = self.table.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(self.table(x))
+            return out
+
+    net = Tied().eval()
+    convert(net, "tqt", torch.arange(10), first_last_weight_bits=4)
+    assert sizes(net) == {"table": 60 * 4}
+
+
+def test_a_quantizer_says_what_it_stores(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = converted()
+    weight = net.get_submodule("up.lowbit_weight")
+    assert weight.stored_bits == weight.grid().bits == 4  # type: ignore[operator]  # a Quantizer
+    monkeypatch.setattr(type(weight), "stored_bits", property(lambda self: 3 if self is weight else self.grid().bits))
+    assert sizes(net)["up"] == 4 * 3 * 4 * 3 // 8 + 6 * 2
+    assert sizes(net)["conv"] == 72 * 4 // 8 + 4 * 2

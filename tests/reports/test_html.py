@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.export.lowering import lower
 from lightning_lowbit.reports import widths
+from lightning_lowbit.reports.histograms import rounding_activations
 from lightning_lowbit.reports.html import html_report
 from lightning_lowbit.reports.plots import Point, accuracy_against_size
 from lightning_lowbit.reports.sensitivity import sensitivity
@@ -130,6 +131,17 @@ def test_a_page_of_a_network_alone_needs_no_matplotlib(tmp_path: Path, monkeypat
     titles = ["Claims", "Layers", "Shared grids", "What stays float, and other notes"]
     assert [word for word in page.words if word in (*titles, "Plots", "Sensitivity", "Metrics")] == titles
     assert "Net, tqt" in page.words
+
+
+def test_what_is_not_shown_is_named_and_a_network_may_round_weights_alone(tmp_path: Path) -> None:
+    net = converted()
+    for quantizer in rounding_activations(net):
+        quantizer.ready = False
+    path = html_report(net, tmp_path / "weights.html", batches=[torch.randn(2, 1, 5, 5)], left_out={"log": _EVIL})
+    words = Page(path.read_text("utf-8")).words
+    assert f"log: {_EVIL}" in words
+    assert "Weights before rounding, and their grids" in words
+    assert "Activations before rounding, and their grids" not in words
 
 
 def test_a_network_that_is_not_calibrated_has_a_page(tmp_path: Path) -> None:

@@ -104,9 +104,22 @@ def test_traces_follow_the_log() -> None:
     assert exponents.lines[0].get_drawstyle() == "steps-post"
     assert exponents.lines[0].get_ydata().tolist() == [-7.0, -6.0]  # type: ignore[union-attr]
     thresholds = threshold_traces(LOG).axes[0]
-    assert [line.get_ydata()[0] for line in thresholds.lines[1:]] == [1]  # type: ignore[index]  # the exponent changes
+    assert [line.get_ydata()[0] for line in thresholds.lines[1:]] == [0, 1, 2]  # type: ignore[index]  # powers of two
     with pytest.raises(ConfigError, match="3 moments without any 'lowbit/SITE/log2_t'"):
         threshold_traces([{"step": 0}] * 3)
+
+
+def test_traces_that_lie_on_each_other_are_one_line_with_all_names() -> None:
+    still = {f"lowbit/l{n}.weight/exponent": -6.0 for n in range(30)}
+    figure = exponent_traces([{"step": t, **still, "lowbit/a.weight/exponent": -float(t)} for t in (0, 1)])
+    labels = [line.get_label().replace("\n", " ") for line in figure.axes[0].lines]  # type: ignore[union-attr]
+    assert labels == [", ".join(f"l{n}.weight" for n in range(30)), "a.weight"]
+    assert figure.axes[0].get_title() == ""
+
+
+def test_a_share_in_a_million_makes_no_mountain() -> None:
+    axes = saturation_over_time([{"step": t, "lowbit/a.weight/saturation": 1e-6 * t} for t in (0, 1)]).axes[0]
+    assert axes.get_ylim() == (0.0, 1.0)
 
 
 def test_of_many_traces_those_that_move_most_are_drawn() -> None:
@@ -140,10 +153,11 @@ def test_bars_are_the_rows_and_equal_outputs_have_none() -> None:
 
 
 def test_accuracy_stands_over_size_and_proved_networks_are_filled() -> None:
-    axes = accuracy_against_size([Point("tqt", 2048, 0.975, True), Point("float", 8192, 0.98)]).axes[0]
+    figure = accuracy_against_size([Point("tqt", 2048, 0.975, True), Point("float", 8192, 0.98)])
+    (axes,) = figure.axes
     assert [line.get_xydata().tolist() for line in axes.lines] == [[[2.0, 97.5]], [[8.0, 98.0]]]  # type: ignore[union-attr]
     assert [line.get_markerfacecolor() == "none" for line in axes.lines] == [False, True]
-    assert [text.get_text() for text in axes.texts] == ["tqt", "float"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["tqt", "float"]
     with pytest.raises(ConfigError, match="no point"):
         accuracy_against_size([])
 
