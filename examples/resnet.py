@@ -6,6 +6,9 @@ on both sides. Plain functional code on purpose: somebody else's network, not on
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import torch
 from recipe import SgdClassifier
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -69,3 +72,9 @@ class LitResNet(SgdClassifier):
     def __init__(self, blocks: int = 3, lr: float = 0.01, momentum: float = 0.9, weight_decay: float = 1e-4) -> None:
         super().__init__(ResNet(blocks))
         self.save_hyperparameters()
+
+
+def load_public(model: LitResNet, checkpoint: str | Path) -> None:
+    """Load a ``.th`` file of the public CIFAR ResNets; its keys carry the prefix of DataParallel."""
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    model.net.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})

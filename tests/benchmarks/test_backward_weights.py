@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
+import backward_weights
 import pytest
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-import backward_weights  # noqa: E402
 
 
 def test_variants_agree_in_the_last_layer_and_part_below(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,8 +1,8 @@
 """Train a network at full 8 bits (WAGEUBN), beside the same network in float: accuracies, epoch by epoch.
 
-    python examples/full_8bit.py --net digits_bn --epochs 40 --seeds 0 1 2
-    python examples/full_8bit.py --net lenet --data.root mnist --epochs 5
-    python examples/full_8bit.py --net resnet20 --data.root cifar10.zip --checkpoint resnet20-12fca82f.th
+    python benchmarks/accuracy_wageubn.py --net digits_bn --epochs 40 --seeds 0 1 2
+    python benchmarks/accuracy_wageubn.py --net lenet --data.root mnist --epochs 5
+    python benchmarks/accuracy_wageubn.py --net resnet20 --data.root cifar10.zip --checkpoint resnet20-12fca82f.th
 
 Both rows are ordinary ``Trainer.fit`` calls on the same LightningModule, which the second converts by one callback.
 Gradients of 8-bit layers are brought to one size, so that the learning rate alone is the size of their steps: theirs
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from integer_training import (
+from accuracy import (
     Curve,
     Result,
     command_line,

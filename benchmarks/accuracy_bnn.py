@@ -1,9 +1,9 @@
 r"""Train a binary network beside the same network in float: accuracies, epoch by epoch.
 
-    python examples/binary_networks.py --net digits_mlp --epochs 20
-    python examples/binary_networks.py --net mnist_mlp --data.root mnist --epochs 10
-    python examples/binary_networks.py --net vgg --data.root cifar10.zip --epochs 8
-    python examples/binary_networks.py --net resnet20 --data.root cifar10.zip --checkpoint resnet20-12fca82f.th \
+    python benchmarks/accuracy_bnn.py --net digits_mlp --epochs 20
+    python benchmarks/accuracy_bnn.py --net mnist_mlp --data.root mnist --epochs 10
+    python benchmarks/accuracy_bnn.py --net vgg --data.root cifar10.zip --epochs 8
+    python benchmarks/accuracy_bnn.py --net resnet20 --data.root cifar10.zip --checkpoint resnet20-12fca82f.th \
         --stages 1 2 --distill
 
 Both rows are ordinary ``Trainer.fit`` calls on the same LightningModule, which the second converts by one callback.
@@ -15,14 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from accuracy import Curve, Result, fit, over_seeds, quiet_trainer, written
 from binary_nets import NETS, BinaryClassifier
 from cifar import CifarData
-from integer_training import Curve, Result, fit, over_seeds, quiet_trainer
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import Timer
 from mnist import MnistData
@@ -110,10 +109,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
     args = parser.parse_args(argv)
     if args.root is None and args.net != "digits_mlp":
         parser.error(f"--net {args.net} needs --data.root")
-    results = over_seeds(args, lambda row, seed: run(row, images(args, seed), args))
-    if args.json:
-        args.json.write_text(json.dumps({row: asdict(result) for row, result in results.items()}, indent=1))
-    return results
+    return written(over_seeds(args, lambda row, seed: run(row, images(args, seed), args)), args.json)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Fine-tune a public float ResNet-20 to 8-bit fixed point (F8Net) by its two recipes, beside the same in float.
 
-    python examples/fixed_point.py --checkpoint resnet20-12fca82f.th --data.root cifar10.zip --seeds 0 1 2
+    python benchmarks/accuracy_f8net.py --checkpoint resnet20-12fca82f.th --data.root cifar10.zip --seeds 0 1 2
 
 Rows:
     float          one epoch of fine-tuning in float
@@ -17,11 +17,10 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
+from accuracy import Curve, fit, over_seeds, quiet_trainer, written
 from cifar import CifarData
-from integer_training import Curve, fit, over_seeds, quiet_trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Timer
 from resnet import LitResNet
@@ -78,8 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = over_seeds(
         args, lambda row, seed: run(row, CifarData(args.root, args.batch_size, seed, args.cache), args)
     )
-    if args.json:
-        args.json.write_text(json.dumps({row: asdict(result) for row, result in results.items()}, indent=1))
+    written(results, args.json)
 
 
 if __name__ == "__main__":

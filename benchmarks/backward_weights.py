@@ -1,6 +1,6 @@
 """Float or quantized weights in the backward pass (Jacinto): accuracies of the three variants, and their gradients.
 
-    python examples/backward_weights.py --seeds 0 1 2
+    python benchmarks/backward_weights.py --seeds 0 1 2
 
 One network, convolution, depthwise, pointwise, linear, each with a batch norm but the last, on scikit-learn's digits. A
 float network per seed; from it, for every width and variant of ``ste_weights``, a fit with batch norms that freeze on
@@ -15,12 +15,15 @@ import contextlib
 import io
 import json
 import logging
+import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any, get_args
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
