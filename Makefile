@@ -49,6 +49,7 @@ torture: $(if $(NAMED),,$(READY))
 
 # torch goes first and alone: nothing that depends on it may choose another build of it.
 $(READY): pyproject.toml constraints.txt
+	@echo "making .venv: pip installs torch, then the rest, without a word for some minutes"
 	@$(PYTHON) -m venv .venv
 	@$(PIP) torch
 	@$(PIP) -e '.[dev]'

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from torch import nn
 
 from lightning_lowbit import F8Net, Jacinto, Wageubn, convert, summarize
 from lightning_lowbit.cli import main
-from lightning_lowbit.demos import DigitsCnn, DigitsData
+from lightning_lowbit.demos import DigitsCnn
 from lightning_lowbit.reports.certificate import read_certificate
 from lightning_lowbit.schemes.jacinto_presets import PRESETS, settings_of
 from lightning_lowbit.schemes.wageubn_options import PRESETS as FULL_PRESETS
@@ -31,17 +31,7 @@ README = (ROOT / "README.md").read_text()
 FIXED_POINT = (ROOT / "docs" / "f8net.md").read_text()
 RANGES = (ROOT / "docs" / "jacinto.md").read_text()
 FULL = (ROOT / "docs" / "wageubn.md").read_text()
-
-
-class WithAuxHead(DigitsCnn):
-    """The demo network with a second head, which the snippet leaves in float."""
-
-    def __init__(self, lr: float = 0.01) -> None:
-        super().__init__(lr=lr)
-        self.aux_head = nn.Linear(10, 2)
-
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        return super().training_step(batch, batch_idx) + 0 * self.aux_head(self(batch[0])).sum()
+WATCHING = (ROOT / "docs" / "monitor.md").read_text()
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -75,14 +65,12 @@ def test_python_blocks_run_in_order(in_scratch: Path, capsys: pytest.CaptureFixt
     namespace: dict[str, Any] = {}
     exec(first, namespace)
     assert namespace["quant"].metrics["trained"]
-    torch.save({"state_dict": {f"module.{k}": v for k, v in WithAuxHead().state_dict().items()}}, "float.pt")
-    namespace.update(model=WithAuxHead(), data=DigitsData())
     exec(second, namespace)
     assert set(namespace["quant"].metrics) == {"float", "calibrated", "trained"}
     x = torch.rand(4, 1, 8, 8)
     model, again = namespace["model"].eval(), namespace["again"].eval()
     assert torch.equal(model(x), again(x))
-    assert "aux_head" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("scheme tqt") == 3  # of both fits and of summarize
     exec(third, namespace)
     assert "training bit-identical on any machine: yes" in capsys.readouterr().out
     assert read_certificate(Path("certificate.json"))["records"]
@@ -93,7 +81,6 @@ def test_python_blocks_run_in_order(in_scratch: Path, capsys: pytest.CaptureFixt
     assert torch.equal(namespace["packed"](x), namespace["model"].eval()(x))
     exec(fifth, namespace)
     assert "torch.int8 torch.int32" in capsys.readouterr().out
-    torch.save(DigitsCnn().state_dict(), "float.pt")
     exec(sixth, namespace)
     assert namespace["calibrated"].scheme.bias_calibration > 0
     assert summarize(namespace["model"])["conv2"].grid is not None
@@ -102,13 +89,13 @@ def test_python_blocks_run_in_order(in_scratch: Path, capsys: pytest.CaptureFixt
     printed = capsys.readouterr().out
     assert "EQUAL" in printed
     assert "int32 suffices" in printed
-    np.save("images.npy", x.numpy())
     for line in SHELL:
         if line.startswith("python "):
             subprocess.run([sys.executable, "-I", *line.split("#")[0].split()[1:]], check=True, capture_output=True)
         elif line.startswith("cc ") and shutil.which("cc"):
             assert subprocess.run(line, shell=True, check=True, capture_output=True).stdout == b"ok\n"
-    assert np.array_equal(np.load("logits.npy"), namespace["model"](x).detach())
+    images = torch.from_numpy(np.load("images.npy"))
+    assert np.array_equal(np.load("logits.npy"), namespace["model"](images).detach())
 
 
 def test_the_blocks_of_the_fixed_point_page_run_in_order(in_scratch: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,6 +153,13 @@ def test_the_blocks_of_the_page_of_full_8_bits_run_in_order(
     capsys.readouterr()
     exec(loop, namespace)
     assert "2 of 2 layers low-bit" in capsys.readouterr().out
+
+
+def test_the_blocks_of_the_page_of_watching_run(in_scratch: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, *_ = blocks("python", WATCHING)
+    exec(first.replace("QuantMonitor(", "QuantMonitor(every_n_steps=2, "), namespace := dict[str, Any]())
+    assert namespace["watch"].summary.keys() >= {"sqnr_min", "saturation_max", "flips_mean"}
+    assert "'sqnr_min': " in capsys.readouterr().out
 
 
 def test_the_fixed_point_page_quotes_the_report() -> None:
@@ -243,6 +237,7 @@ def test_shell_lines_name_commands_that_exist(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     makefile = (ROOT / "Makefile").read_text()
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     monkeypatch.chdir(ROOT)
     for line in SHELL:
         words = line.split("#")[0].split()
@@ -250,6 +245,8 @@ def test_shell_lines_name_commands_that_exist(
             continue
         if words[0] == "make":
             assert f"\n{words[1]}:" in makefile
+        elif words[0] == "pip":
+            assert set(",".join(re.findall(r"\[([\w,]+)]", line)).split(",")) <= set(extras), line
         else:
             assert words[0] == "lightning-lowbit"
             extra = [] if words[1] == "schemes" else ["--print_config"]

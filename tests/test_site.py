@@ -9,19 +9,21 @@ from typing import Any
 
 import lightning.pytorch as L
 import pytest
+import torch
 import yaml
 from test_readme import blocks, in_scratch, rows  # noqa: F401  # a fixture
 
 import lightning_lowbit
-from lightning_lowbit import Niti, QuantCallback
+from lightning_lowbit import Niti, QuantCallback, convert, lowbit_step
 from lightning_lowbit.cli import main
 from lightning_lowbit.demos import DigitsCnn, DigitsData
+from lightning_lowbit.errors import ConfigError
 from lightning_lowbit.modules.base import Scheme, Site
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-QUICKSTART, FLOW, ADDING = (
-    (DOCS / f"{name}.md").read_text() for name in ("quickstart", "how_it_flows", "adding_a_scheme")
+QUICKSTART, FLOW, ADDING, TUNING = (
+    (DOCS / f"{name}.md").read_text() for name in ("quickstart", "how_it_flows", "adding_a_scheme", "fine_tuning")
 )
 
 
@@ -51,6 +53,33 @@ def test_the_file_of_the_quickstart_is_taken_by_its_commands(
     assert (four["init_args"]["bits"], three["init_args"]["bits"], baseline) == (4, 3, "float")
 
 
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
+def test_the_page_of_fine_tuning_runs_in_order(in_scratch: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    first, rates, layers, callbacks, kept = blocks("python", TUNING)
+    namespace: dict[str, Any] = {}
+    exec(first, namespace)
+    assert re.findall(r"^(\d) bits: ", capsys.readouterr().out, re.M) == ["8", "4", "3", "2"]
+    exec(rates, namespace)
+    assert capsys.readouterr().out.count("'trained'") == 3
+    exec(layers, namespace)
+    worst, found = namespace["worst"], namespace["found"]
+    assert f"{worst} at 8 bits: " in capsys.readouterr().out
+    assert found[worst].effect.kl == max(row.effect.kl for row in found.rows)
+    exec(callbacks, namespace)
+    assert "sqnr_min" in capsys.readouterr().out
+    exec(kept, namespace)
+    assert Path("report.html").stat().st_size > 0
+    x = torch.rand(4, 1, 8, 8)
+    assert torch.equal(namespace["again"].eval()(x), namespace["model"].eval()(x))
+
+
+def test_the_page_of_fine_tuning_quotes_the_refusal_of_a_checkpoint(in_scratch: Path) -> None:  # noqa: F811
+    (quoted,) = (text for text in blocks("text", TUNING) if "nothing was loaded" in text)
+    torch.save({name: value for name, value in DigitsCnn().state_dict().items() if "bn2" not in name}, "float.pt")
+    with pytest.raises(ConfigError, match=re.escape(" ".join(quoted.split()))):
+        L.Trainer(callbacks=[QuantCallback(init_from="float.pt")]).validate(DigitsCnn(), DigitsData())
+
+
 def test_a_scheme_in_one_file_of_its_own_is_used_from_python_and_the_command_line(
     in_scratch: Path,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
@@ -64,9 +93,14 @@ def test_a_scheme_in_one_file_of_its_own_is_used_from_python_and_the_command_lin
         printed = capsys.readouterr().out
         assert "scheme meanclip" in printed
         assert "EQUAL" in printed
-        (command,) = "".join(blocks("bash", ADDING)).splitlines()
+        fit, export = "".join(blocks("bash", ADDING)).splitlines()
         with pytest.raises(SystemExit) as stop:
-            main([*command.split()[1:], "--print_config"])
+            main(export.split()[1:])
+        assert stop.value.code == 0
+        assert Path("digits.lowbit").is_file()
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([*fit.split()[1:], "--print_config"])
         assert stop.value.code == 0
         section = yaml.safe_load(capsys.readouterr().out)["quant"]["scheme"]
         assert section["class_path"] == "meanclip.MeanClip"
@@ -116,6 +150,41 @@ def test_the_journey_is_the_one_that_a_tensor_takes() -> None:
         assert not missing
         order = [part.index(hop) for hop in hops]
         assert order == sorted(order), [hop for a, b, hop in zip(order, order[1:], hops[1:], strict=False) if b < a]
+
+
+@pytest.mark.parametrize("scheme", ["tqt", "f8net", "jacinto", "bnn", "wageubn"])
+def test_other_schemes_leave_the_road_where_the_page_says(scheme: str) -> None:
+    net, x = DigitsCnn(channels=4), torch.rand(8, 1, 8, 8)
+    convert(net, scheme, x)
+    optimizer = torch.optim.SGD(net.train().parameters(), 0.01)
+    package, calls = str(Path(lightning_lowbit.__file__).parent), set()
+
+    def note(frame: Any, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(package):
+            calls.add((Path(frame.f_code.co_filename).relative_to(package).as_posix(), frame.f_code.co_qualname))
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        net(x).square().mean().backward()
+        lowbit_step(net, optimizer)
+    finally:
+        sys.setprofile(before)
+    hops = [row for row in rows(FLOW, "Where other schemes leave this road") if row[0] == scheme]
+    assert len(hops) == 2
+    for _, file, function, _ in hops:
+        assert (file.strip("`"), function.strip("`")) in calls
+
+
+def test_every_table_of_figures_has_a_command_that_is_there() -> None:
+    text = (DOCS / "benchmarks.md").read_text()
+    for section in text.split("\n## ")[1:]:
+        assert "python " in section.partition("\n|")[0] or section.startswith("On other pages"), section[:40]
+    pages = [path.read_text() for path in (ROOT / "README.md", *DOCS.rglob("*.md"))]
+    named = {name for page in pages for name in re.findall(r"\b(?:benchmarks|examples)/[\w/]+\.(?:py|yaml)", page)}
+    assert {name for name in named if not (ROOT / name).exists()} == set()
+    programs = {path.name for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text()}
+    assert programs - set(re.findall(r"benchmarks/(\w+\.py)", text)) == set()
 
 
 def test_every_page_has_a_place_in_the_site() -> None:
