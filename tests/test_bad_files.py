@@ -47,7 +47,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def test_a_float_checkpoint_does_not_resume(files: dict[str, Path]) -> None:
     path = files["float.ckpt"]
-    words = [str(path), "is a float checkpoint", "QuantCallback(init_from=...)"]
+    words = [str(path), "is a float checkpoint", "init_from= (--quant.init_from"]
     fit_is_refused(net(), trainer(QuantCallback(start=0)), *words, ckpt_path=path)
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -16,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from launch import run_code
 from torch import Tensor
 
 from lightning_lowbit import kernels
@@ -310,12 +308,8 @@ def test_two_callers_at_once() -> None:
 
 
 def in_a_process(code: str, **environment: str) -> list[str]:
-    """Lines that a fresh interpreter prints."""
-    script = f"import warnings; warnings.simplefilter('error'); import sys\n{code}"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)} | environment
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split("\n")
+    """Lines that a process without numba prints; what else it has imported, launch.py says."""
+    return run_code(f"import warnings; warnings.simplefilter('error'); import sys\n{code}", **environment).split("\n")
 
 
 DIGEST = """

@@ -36,7 +36,17 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "f8net": (
         {},
         {"clip": False, "select": "grid", "freeze_fraclen": None, "freeze_batch_norm": None, "rescale": "none"},
-        {"ties": "realign", "select": "histogram", "ste": "clip", "avgpool": "shift"},
+        {
+            "ties": "realign",
+            "select": "histogram",
+            "ste": "clip",
+            "avgpool": "shift",
+            "overrides": {
+                "conv1": {"act_bits": 6},
+                "conv2": {"act_bits": 5, "weight_bits": 4},
+                "fc": {"act_bits": 4},
+            },
+        },
         {"ties": "reference", "bits": 5, "weight_select": "histogram", "alpha_lr": 0.01},
     ),
     "jacinto": (

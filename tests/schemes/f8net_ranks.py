@@ -5,6 +5,7 @@ python f8net_ranks.py FOLDER
 
 from __future__ import annotations
 
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,10 @@ def main(folder: Path) -> None:
     torch.distributed.destroy_process_group()
     result["both"] = learned(0, 1, accumulate_grad_batches=2)
     result["alone"] = learned(0)
-    torch.save(result, folder / f"{rank}.pt")
+    torch.save(result, folder / f"{rank}.part")
+    (folder / f"{rank}.part").rename(folder / f"{rank}.pt")
+    while rank == 0 and not (folder / "1.pt").exists():  # who started rank 1 does not end before it
+        time.sleep(0.1)
 
 
 if __name__ == "__main__":

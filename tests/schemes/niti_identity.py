@@ -5,6 +5,7 @@ The tests train it in their own process; as a script it trains in processes that
     python niti_identity.py FOLDER RUN [RUN ...] [--devices 2] [--nodes 2]
 
 A RUN is NAME=STRATEGY:VARIANT; each process leaves FOLDER/NAME-RANK.pt. The run called "killed" ends by SIGKILL.
+With several nodes a process is a node: it starts its one rank as torchrun does.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import lightning.pytorch as pl
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+from torch.distributed.launcher import LaunchConfig, elastic_launch
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lowbit import LowBitDDPStrategy, Niti, QuantCallback
@@ -183,6 +185,22 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--nodes", type=int, default=1)
     given = parser.parse_args()
+    if given.nodes == 1:
+        train_all(given)
+    else:
+        elastic_launch(node(given.nodes), train_all)(given)
+
+
+def node(nodes: int) -> LaunchConfig:
+    """What torchrun makes of its command line, but for ``fork``: a rank that starts anew imports torch again."""
+    rank, master = os.environ.pop("LOCAL_RANK"), (os.environ.pop("MASTER_ADDR"), os.environ.pop("MASTER_PORT"))
+    return LaunchConfig(
+        nodes, nodes, 1, run_id="nodes", start_method="fork", rdzv_backend="static", rdzv_endpoint=":".join(master),
+        rdzv_configs={"rank": int(rank), "timeout": 100},
+    )  # fmt: skip
+
+
+def train_all(given: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore")  # the tests judge values
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     for run in given.runs:

@@ -53,9 +53,11 @@ def test_concats_that_share_a_member_share_one_grid() -> None:
     assert reads_its_grid(net.e, net)
 
 
-def test_joined_tensors_take_the_widest_codes_among_them() -> None:
-    net = overlapping(overrides={"lowbit_relu": {"act_bits": 4}})
-    assert net.d.input_grid.grid().bits == 8
+def test_joined_tensors_have_one_width() -> None:
+    with pytest.raises(ConfigError, match=r"lowbit_relu \(4\), lowbit_relu_1 \(8\).*they are joined"):
+        overlapping(overrides={"lowbit_relu": {"act_bits": 4}})
+    net = overlapping(overrides={"lowbit_relu*": {"act_bits": 4}})
+    assert net.d.input_grid.grid().bits == 4
     assert reads_its_grid(net.d, net)
 
 
@@ -86,7 +88,7 @@ def test_layers_that_read_floats_are_no_integers() -> None:
 
 
 def test_a_batch_norm_before_its_layer_is_no_integer() -> None:
-    assert "1 float batch norms" in claim(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 1)))
+    assert "1 float batch norm" in claim(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 1)))
 
 
 def test_one_scale_a_channel_is_proved_exact_too() -> None:

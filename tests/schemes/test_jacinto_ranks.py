@@ -19,7 +19,7 @@ INPUT = "conv1.lowbit_input.clips"
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
     folder = tmp_path_factory.mktemp("ranks")
-    run_script(Path(__file__).with_name("jacinto_ranks.py"), folder)
+    run_script(Path(__file__).with_name("jacinto_ranks.py"), folder, ranks=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

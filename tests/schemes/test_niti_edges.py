@@ -12,8 +12,11 @@ from torch import Tensor, nn
 
 from lightning_lowbit import Niti, convert, lowbit_step
 from lightning_lowbit.errors import ConfigError
-from lightning_lowbit.modules.base import switch_of
+from lightning_lowbit.modules.base import Site, Tally, switch_of
+from lightning_lowbit.modules.block import BlockInput
 from lightning_lowbit.modules.carrier import plain
+from lightning_lowbit.modules.convert import quantizers
+from lightning_lowbit.modules.quantizer import Quantizer
 from lightning_lowbit.plugins.integer_run import run_notes
 from lightning_lowbit.plugins.precision import rule_of
 
@@ -240,3 +243,34 @@ def test_equal_logits_of_many_classes_send_errors() -> None:
     err = layer.gathered["bias"][0]
     assert (err[:2] < 0).all()
     assert err[2:].any()
+
+
+def test_saturated_are_codes_at_the_ends_of_what_is_counted() -> None:
+    net = Net()
+    convert(net.eval(), Niti(), X)
+    switch, x = switch_of(net), 3 * X
+    switch.tally = Tally()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(4)
+        net(x)
+    tally, switch.tally = switch.tally, None
+    shares = {key: tally.share(key) for key in tally.seen}
+    made = {q.site.key: q for _, q in quantizers(net)}
+    for key in ("body.0.lowbit_weight", "body.5.lowbit_weight"):
+        codes: Any = made[key]
+        assert shares[key] == float((codes.codes().abs() == 127).double().mean()) > 0
+    assert shares["body.0.lowbit_accumulator"] > 0
+    rounded = torch.round(x * 2.0 ** -float(made["body.0.lowbit_input"].exponent()))
+    assert shares["body.0.lowbit_input"] == float((rounded.abs() >= 127).double().mean()) > 0
+
+
+def test_what_cannot_be_counted_has_no_share() -> None:
+    class Silent(BlockInput):
+        saturated = Quantizer.saturated
+
+    tally, site = Tally(), Site("a", "input", "linear")
+    tally.count(Silent(site), X)
+    assert tally.share(site.key) is None
+    tally.count(BlockInput(site), torch.zeros(4))
+    assert tally.share(site.key) == 0

@@ -7,16 +7,13 @@ than one large batch.
 from __future__ import annotations
 
 import functools
-import os
 import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from launch import held_to, run_script
 from plugins.lifecycle_nets import QUIET
 from schemes.niti_identity import KILLED_AT, SAMPLES, SAVED_EVERY, STEPS_AN_EPOCH, VARIANTS, Outcome, data, train
 from torch import Tensor
@@ -29,6 +26,7 @@ pytestmark = [*QUIET, pytest.mark.filterwarnings("ignore:the backend 'int8' is n
 
 SCRIPT = Path(__file__).with_name("niti_identity.py")
 LAST = 2 * STEPS_AN_EPOCH
+EAGER = {"LIGHTNING_LOWBIT_COMPILE": "never"}  # compiling takes longer than a run
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 Baseline = Callable[[str], Outcome]
 
@@ -60,27 +58,6 @@ def assert_same(run: Outcome, expected: Outcome, but_for: str | None = None) -> 
         assert not apart, f"first parts behind step {step}: {apart}"
     assert run.end == expected.end
     assert run.sha256 == expected.sha256
-
-
-def environment(**variables: str) -> dict[str, str]:
-    """Of a program that starts anew: one thread, nobody's ranks, and no compiler, which takes longer than the run."""
-    names = {"LOCAL_RANK", "NODE_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    inherited = {name: value for name, value in os.environ.items() if name not in names}
-    own = {"OMP_NUM_THREADS": "1", "LIGHTNING_LOWBIT_COMPILE": "never", "PYTHONPATH": os.pathsep.join(sys.path)}
-    return {**inherited, **own, **variables}
-
-
-def launch(*arguments: str, **variables: str) -> subprocess.Popen[str]:
-    command = [sys.executable, *arguments]
-    return subprocess.Popen(command, env=environment(**variables), stderr=subprocess.PIPE, text=True)
-
-
-def finish(process: subprocess.Popen[str], code: int = 0) -> None:
-    try:
-        _, errors = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode == code, errors[-4000:]
 
 
 def outcome(folder: Path, name: str, rank: int = 0) -> Outcome:
@@ -125,7 +102,8 @@ def test_instruction_sets(baseline: Baseline, tmp_path: Path, isa: str) -> None:
     """No dot products of int8; torch's own loops, and those that it compiles for large tensors, are held down too."""
     runs = ("plain=auto:plain", "island=auto:island")
     held = {"ATEN_CPU_CAPABILITY": {"AVX2": "avx2", "AVX512_CORE": "avx512"}[isa], "ONEDNN_MAX_CPU_ISA": isa}
-    finish(launch(str(SCRIPT), str(tmp_path), *runs, LIGHTNING_LOWBIT_COMPILE="auto", **held))
+    said = run_script(SCRIPT, tmp_path, *runs, LIGHTNING_LOWBIT_COMPILE="auto", ONEDNN_VERBOSE="1", **held)
+    assert held_to(isa, said) or not torch.backends.mkldnn.is_available()
     assert_same(outcome(tmp_path, "plain"), baseline("plain"))
     assert_same(outcome(tmp_path, "island"), baseline("island"))
 
@@ -172,7 +150,7 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]
     def started(world: int) -> Path:
         folder = tmp_path_factory.mktemp(f"{world}ranks")
         runs = ["ddp=ddp:plain", *(f"{name}=lowbit_ddp:{name}" for name in PROCESSES[world][1:])]
-        finish(launch(str(SCRIPT), str(folder), *runs, "--devices", str(world)))
+        run_script(SCRIPT, folder, *runs, "--devices", world, ranks=world, **EAGER)
         return folder
 
     return started
@@ -187,22 +165,14 @@ def test_processes(baseline: Baseline, processes: Callable[[int], Path], world: 
 
 
 def test_two_nodes_that_torchrun_starts(baseline: Baseline, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torchrun = ("-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1")
-    master = ("--master-addr", "127.0.0.1", "--master-port", str(port))
-    run = (str(SCRIPT), str(tmp_path), "nodes=lowbit_ddp:plain", "--nodes", "2")
-    nodes = [launch(*torchrun, "--node-rank", str(rank), *master, *run) for rank in (0, 1)]
-    for node in nodes:
-        finish(node)
+    run_script(SCRIPT, tmp_path, "nodes=lowbit_ddp:plain", "--nodes", 2, ranks=2, **EAGER)
     for rank in (0, 1):
         assert_same(outcome(tmp_path, "nodes", rank), baseline("plain"))
 
 
 # -- when --------------------------------------------------------------------------------------------------------
 def test_killed_in_mid_epoch_and_resumed(baseline: Baseline, tmp_path: Path) -> None:
-    finish(launch(str(SCRIPT), str(tmp_path), "killed=auto:plain"), -signal.SIGKILL)
+    run_script(SCRIPT, tmp_path, "killed=auto:plain", code=-signal.SIGKILL, **EAGER)
     assert not (tmp_path / "killed-0.pt").exists()
     last = tmp_path / f"step={KILLED_AT // SAVED_EVERY * SAVED_EVERY}.ckpt"
     assert STEPS_AN_EPOCH < KILLED_AT // SAVED_EVERY * SAVED_EVERY < LAST

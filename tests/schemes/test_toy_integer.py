@@ -162,7 +162,7 @@ def test_resume_is_bit_equal(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    run_script(Path(__file__).with_name("toy_ranks.py"), folder, timeout=120)
+    run_script(Path(__file__).with_name("toy_ranks.py"), folder, ranks=2, timeout=120)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 

@@ -357,7 +357,7 @@ def a_step_that_one_rank_must_skip_is_skipped_by_all(ranks: Any) -> None:
 
 def test_two_ranks(tmp_path: Path) -> None:
     """One pair of processes for all that is asked of them: starting it takes most of the time."""
-    run_script(Path(__file__).with_name("wageubn_ranks.py"), tmp_path)
+    run_script(Path(__file__).with_name("wageubn_ranks.py"), tmp_path, ranks=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for check in (
         ranks_with_different_data_hold_the_same,
