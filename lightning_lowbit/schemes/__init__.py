@@ -145,12 +145,14 @@ def require_usable(cls: type[Scheme]) -> None:
 
 
 def _named(name: str, but: type[Scheme]) -> str | None:
-    """The class path of another scheme called ``name``; the same class defined anew, as in a notebook, is no other."""
-    if not name:
-        return None
-    installed = [entry.load() for entry in entry_points(group=GROUP, name=name)]
-    known = [cls for cls in (*_built_in().values(), *_subclasses(Scheme)) if cls.name == name]
-    paths = [f"{cls.__module__}.{cls.__qualname__}" for cls in (*known, *installed)]
+    """The class path of the built-in or installed scheme called ``name``, if that is another one.
+
+    Classes that are merely imported do not count: a notebook, or a second import under another module's name, makes
+    the same class anew.
+    """
+    installed = [entry.load() for entry in entry_points(group=GROUP, name=name)] if name else []
+    known = [*(cls for cls in _built_in().values() if cls.name == name), *installed]
+    paths = [f"{cls.__module__}.{cls.__qualname__}" for cls in known]
     return next((path for path in paths if path != f"{but.__module__}.{but.__qualname__}"), None)
 
 
