@@ -33,6 +33,7 @@ from lightning_lowbit.export.onnx import export_onnx
 from lightning_lowbit.export.program import IntegerProgram, require_ours
 from lightning_lowbit.export.verify import verify as verify_program
 from lightning_lowbit.reports.certificate import compare, read_certificate
+from lightning_lowbit.reports.table import wrapped
 
 __all__ = ["EXPORT_HELP", "VERIFY_HELP", "export", "verify"]
 
@@ -204,12 +205,12 @@ def verify(words: list[str]) -> int:
         if len(certificates) != 2 or given != {"certificate"}:
             parser.error("expected --program FILE --ckpt FILE --model CLASS, or --certificate A B and nothing else")
         found = compare(*map(read_certificate, certificates))
-        print(found)
+        print(*wrapped(str(found).splitlines()), sep="\n")
         return int(found.parting is not None)
     if not {"ckpt", "model"} <= given or len(certificates) > 1:
         parser.error("--program needs --ckpt FILE and --model CLASS, and takes one --certificate, the file to write")
     certificate = _verified(args, Path(certificates[0]) if certificates else None)
-    print(certificate)
+    print(*wrapped(str(certificate).splitlines()), sep="\n")
     return int(not certificate.ok)
 
 
