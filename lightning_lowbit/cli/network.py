@@ -6,7 +6,8 @@ import inspect
 import json
 import pickle
 import pydoc
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ __all__ = [
     "given_options",
     "line_of",
     "network",
+    "told",
     "transferred",
     "with_config",
 ]
@@ -171,6 +173,17 @@ def given_options(section: Any) -> dict[str, Any]:
     """The options of a class that were given, without its defaults."""
     options = section.get("init_args")
     return {} if options is None else dict(options.as_dict())
+
+
+def told(make: Callable[[], Iterable[str]]) -> int:
+    """Print what a command has written; its exit status: 1 where it is refused, with the reason on stderr."""
+    try:
+        lines = make()
+    except (*REFUSALS, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(*lines, sep="\n")
+    return 0
 
 
 def line_of(error: Exception) -> str:

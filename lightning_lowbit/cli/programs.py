@@ -22,6 +22,7 @@ from lightning_lowbit.cli.network import (
     first_batch,
     line_of,
     network,
+    told,
     with_config,
 )
 from lightning_lowbit.cli.parser import LowBitParser
@@ -51,13 +52,7 @@ def export(words: list[str]) -> int:
         exit status: 0, or 1 where a form cannot hold the network, with the reason on stderr.
     """
     args = _export_parser().parse_args(with_config(words), defaults=False)
-    try:
-        reports = _export(args)
-    except (*REFUSALS, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(*reports, sep="\n")
-    return 0
+    return told(lambda: _export(args))
 
 
 def _export_parser() -> LowBitParser:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +12,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_lowbit.cli.network import REFUSALS, STAGES, add_network, batches, line_of, network, with_config
+from lightning_lowbit.cli.network import REFUSALS, STAGES, add_network, batches, line_of, network, told, with_config
 from lightning_lowbit.cli.parser import LowBitParser
 from lightning_lowbit.errors import ConfigError, InvariantError
 from lightning_lowbit.export.lowering import lower
@@ -43,13 +42,7 @@ def report(words: list[str]) -> int:
         exit status: 0, or 1 where there is no page, with the reason on stderr.
     """
     args = _parser().parse_args(with_config(words), defaults=False)
-    try:
-        lines = _report(args)
-    except (*REFUSALS, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(*lines, sep="\n")
-    return 0
+    return told(lambda: _report(args))
 
 
 def _parser() -> LowBitParser:

@@ -59,8 +59,8 @@ def checked_quantizer(scheme: Scheme, site: Site) -> Quantizer | None:
 
 
 @contextmanager
-def first_tensors(quantizers: list[Quantizer]) -> Iterator[dict[Quantizer, Sample]]:
-    """Keep the first sample that comes to each quantizer of an activation; training runs without these hooks."""
+def first_tensors(root: nn.Module) -> Iterator[dict[Quantizer, Sample]]:
+    """Keep the first sample that comes to each quantizer that `check_grids` looks at; training has no such hooks."""
     found: dict[Quantizer, Sample] = {}
 
     def keep(quantizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
@@ -69,7 +69,9 @@ def first_tensors(quantizers: list[Quantizer]) -> Iterator[dict[Quantizer, Sampl
             rectify = bool(args[1] if len(args) > 1 else kwargs.get("rectify", False))
             found[quantizer] = (x[:1] if x.dim() else x).detach().clone(), rectify
 
-    watched = [quantizer for quantizer in quantizers if quantizer.site.role in SEEN]
+    scheme = _scheme(root)
+    looked_at = not (_ours(scheme) or scheme.carries_errors)
+    watched = [q for q in root.modules() if looked_at and isinstance(q, Quantizer) and q.site.role in SEEN]
     hooks = [quantizer.register_forward_hook(keep, with_kwargs=True) for quantizer in watched]
     try:
         yield found
@@ -90,8 +92,8 @@ def check_grids(root: nn.Module, seen: dict[Quantizer, Sample]) -> None:
     Raises:
         ConfigError: another shape, or values off the grid; by site and class.
     """
-    scheme = next(module.scheme for _, module in low_bit_modules(root))
-    if type(scheme).__module__.startswith(_OURS):
+    scheme = _scheme(root)
+    if _ours(scheme):
         return
     with mode([switch_of(root)], Mode.LOWBIT):
         for module in root.modules():
@@ -101,8 +103,16 @@ def check_grids(root: nn.Module, seen: dict[Quantizer, Sample]) -> None:
             if isinstance(weight, Quantizer) and weight.ready:
                 _check(module.scheme, weight, module.in_evaluation()[0].detach(), False)
         for quantizer, (x, rectify) in seen.items():
-            if quantizer.ready and not scheme.carries_errors:
+            if quantizer.ready:
                 _check(scheme, quantizer, x, rectify)
+
+
+def _scheme(root: nn.Module) -> Scheme:
+    return next(module.scheme for _, module in low_bit_modules(root))
+
+
+def _ours(scheme: Scheme) -> bool:
+    return type(scheme).__module__.startswith(_OURS)
 
 
 def _check(scheme: Scheme, quantizer: Quantizer, x: Tensor, rectify: bool) -> None:

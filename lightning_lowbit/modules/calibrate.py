@@ -48,8 +48,7 @@ def calibrate(
     try:
         root.eval()
         switch.ran = set()
-        every = [quantizer for _, quantizer in quantizers(root)]
-        with mode([switch], Mode.OBSERVE), torch.no_grad(), first_tensors(every) as seen:
+        with mode([switch], Mode.OBSERVE), torch.no_grad(), first_tensors(root) as seen:
             for again in (False, True):
                 _observe_weights(root)
                 if run() == 0:

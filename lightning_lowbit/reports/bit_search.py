@@ -23,7 +23,7 @@ from lightning_lowbit.modules.layers import LowBitLayer
 from lightning_lowbit.modules.quantizer import Quantizer
 from lightning_lowbit.reports.allocation import Item, allocate
 from lightning_lowbit.reports.bit_plan import BitPlan, Planned, Whole
-from lightning_lowbit.reports.cost import count_products, float_bytes, layers_of, sizes
+from lightning_lowbit.reports.cost import bits_of, count_products, float_bytes, layers_of, sizes
 from lightning_lowbit.reports.effects import Effect
 from lightning_lowbit.reports.sensitivity import measured, split, switchable
 from lightning_lowbit.schemes import convert, registry, resolve
@@ -269,18 +269,14 @@ def _sums(net: nn.Module, products: Mapping[str, int]) -> tuple[int, int]:
 
 
 def _bit_ops(layer: LowBitLayer, products: int) -> int:
-    return products * _bits(layer.lowbit_weight) * _bits(layer.input_grid)
-
-
-def _bits(quantizer: Quantizer | None) -> int:
-    return 32 if quantizer is None or not quantizer.ready else quantizer.stored_bits
+    return products * bits_of(layer.lowbit_weight) * bits_of(layer.input_grid)
 
 
 def _held(net: nn.Module, items: Sequence[Item]) -> list[str]:
     """Layers whose weights have the bits that the scheme says."""
     chosen = {key for item in items for key in item.keys}
     held = [
-        f"{path} ({_bits(layer.lowbit_weight)})" for path, layer in layers_of(net).items()
+        f"{path} ({bits_of(layer.lowbit_weight)})" for path, layer in layers_of(net).items()
         if layer.lowbit_weight is not None and layer.lowbit_weight.site.key not in chosen
     ]  # fmt: skip
     return [f"weights on bits that the scheme's other options set: {', '.join(held)}"] if held else []
@@ -299,7 +295,7 @@ class _Costs:
         self.layers = []  # path, products, numbers of the items of weight and input or their bits
         for (path, layer), own in zip(layers_of(nets[min(nets)]).items(), layers_of(base).values(), strict=True):
             both = ((layer.lowbit_weight, own.lowbit_weight), (layer.input_grid, own.input_grid))
-            sides = [(None if q is None else of_key.get(q.site.key), _bits(in_base)) for q, in_base in both]
+            sides = [(None if q is None else of_key.get(q.site.key), bits_of(in_base)) for q, in_base in both]
             self.layers.append((path, products.get(path, 0), sides))
         chosen = {path for path, _, sides in self.layers if sides[0][0] is not None}
         self.rest = sum(size for path, size in sizes(base).items() if path not in chosen)

@@ -15,7 +15,7 @@ from lightning_lowbit.modules.base import low_bit_modules
 from lightning_lowbit.modules.layers import LowBitLayer
 from lightning_lowbit.modules.quantizer import Quantizer
 
-__all__ = ["count_products", "float_bytes", "layers_of", "product_kind", "sizes"]
+__all__ = ["bits_of", "count_products", "float_bytes", "layers_of", "product_kind", "sizes"]
 
 _FLOAT = 32
 
@@ -39,7 +39,7 @@ def sizes(module: nn.Module) -> dict[str, int]:
         path: _FLOAT * sum(tensor.numel() for tensor in _floats(part, seen)) for path, part in module.named_modules()
         if path not in layers and not isinstance(part, Quantizer) and id(part) not in merged
     }  # fmt: skip
-    widest = sorted(layers.items(), key=lambda item: -_bits(item[1].lowbit_weight))
+    widest = sorted(layers.items(), key=lambda item: -bits_of(item[1].lowbit_weight))
     bits |= {path: _layer_bits(layer, seen) for path, layer in widest}
     return {path: -(-bits[path] // 8) for path, _ in module.named_modules() if bits.get(path)}
 
@@ -54,12 +54,13 @@ def _layer_bits(layer: LowBitLayer, seen: set[int]) -> int:
     found = 0
     if id(layer.weight) not in seen:
         seen.add(id(layer.weight))
-        found += layer.weight.numel() * _bits(layer.lowbit_weight)
+        found += layer.weight.numel() * bits_of(layer.lowbit_weight)
     channels = layer.norm.num_features if layer.norm is not None else 0 if layer.bias is None else layer.bias.numel()
-    return found + channels * _bits(layer.lowbit_bias)
+    return found + channels * bits_of(layer.lowbit_bias)
 
 
-def _bits(quantizer: Quantizer | None) -> int:
+def bits_of(quantizer: Quantizer | None) -> int:
+    """What a value of a tensor takes; 32 where it is float."""
     return _FLOAT if quantizer is None or not quantizer.ready else quantizer.stored_bits
 
 

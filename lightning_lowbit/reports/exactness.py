@@ -41,17 +41,17 @@ def exactness(module: nn.Module, batch: Any) -> Exactness:
         module: trained or calibrated.
         batch: of evaluation: a tensor, or a tuple of the forward's arguments with labels behind them.
     """
-    exact = claims(module, summarize(module))[0].partition(": ")[2]
-    why, floats = _parted(module, batch, exact), differs(module)
+    why, floats = _parted(module, batch), differs(module)
     return Exactness(not why, why, not floats, floats)
 
 
-def _parted(module: nn.Module, batch: Any, claim: str) -> str:
+def _parted(module: nn.Module, batch: Any) -> str:
     """Why program and network are not one; "" where they are."""
     try:
         arguments, _ = split(module, batch, 0)
         certificate = verify(module, lower(module, arguments), [arguments])
     except (ConfigError, UnsupportedModelError) as error:
+        claim = claims(module, summarize(module))[0].partition(": ")[2]
         return str(error) if claim.startswith("yes") else claim.removeprefix("no: ")
     if certificate.difference is not None:
         return f"its program differs: {certificate.difference}"
